@@ -1,0 +1,142 @@
+"""Every error this package raises on purpose.
+
+    R3mesError
+    ├── ConfigError           a setting that can't work
+    ├── IpfsError             content that can't be had from IPFS
+    │   ├── BadCID            text that is no CID, or one of a kind that is not supported
+    │   ├── BlockMismatch     bytes that don't hash to the CID they were asked by
+    │   ├── BadCAR            a CAR stream that breaks its specification
+    │   ├── BadDAG            a verified block that is not valid dag-pb or UnixFS
+    │   ├── ContentTooLarge   more bytes, files or levels than the limits allow
+    │   ├── SourceFailed      one source failed: unreachable, timed out, ended early
+    │   └── ContentNotFound   no source had it
+    ├── AdapterError
+    │   ├── UnknownAdapter    nobody knows an adapter of that name
+    │   ├── AdapterRefused    vetting refused it; `rule` says which rule
+    │   └── AdapterNotReady   it is known but can't serve yet
+    ├── EngineError           the engine is not there, or not well
+    └── BackendError
+        ├── BackendUnreachable
+        └── BackendRefused    it answered, and the answer was no
+
+Each carries a stable `code`, the HTTP `status` it becomes, a sentence holding the value that was
+wrong, and a `hint`: what to do next.
+"""
+
+from typing import ClassVar
+
+
+class R3mesError(Exception):
+    """Base of all; `str(error)` is the sentence."""
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def body(self) -> dict[str, dict[str, str]]:
+        """The JSON body of an HTTP answer outside `/v1`."""
+        return {"error": {"code": self.code, "message": self.message, "hint": self.hint}}
+
+
+class ConfigError(R3mesError):
+    code = "config"
+
+
+class IpfsError(R3mesError):
+    code = "ipfs"
+    status = 502
+
+
+class BadCID(IpfsError):
+    code = "bad_cid"
+    status = 400
+
+
+class BlockMismatch(IpfsError):
+    code = "block_mismatch"
+
+
+class BadCAR(IpfsError):
+    code = "bad_car"
+
+
+class BadDAG(IpfsError):
+    code = "bad_dag"
+    status = 422
+
+
+class ContentTooLarge(IpfsError):
+    code = "content_too_large"
+    status = 422
+
+
+class SourceFailed(IpfsError):
+    code = "source_failed"
+
+
+class ContentNotFound(IpfsError):
+    code = "content_not_found"
+
+
+class AdapterError(R3mesError):
+    code = "adapter"
+
+
+class UnknownAdapter(AdapterError):
+    code = "unknown_adapter"
+    status = 404
+
+
+class AdapterRefused(AdapterError):
+    """Vetting refused the adapter; `rule` is the rule's name in `r3mes_vllm.adapters.vetting`."""
+
+    code = "adapter_refused"
+    status = 422
+
+    def __init__(self, rule: str, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.rule = rule
+
+    def body(self) -> dict[str, dict[str, str]]:
+        body = super().body()
+        body["error"]["rule"] = self.rule
+        return body
+
+
+class AdapterNotReady(AdapterError):
+    """Try again after `retry_after` seconds."""
+
+    code = "adapter_not_ready"
+    status = 503
+
+    def __init__(self, message: str, *, retry_after: int = 5, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+class EngineError(R3mesError):
+    code = "engine"
+    status = 503
+
+
+class BackendError(R3mesError):
+    code = "backend"
+    status = 502
+
+
+class BackendUnreachable(BackendError):
+    code = "backend_unreachable"
+
+
+class BackendRefused(BackendError):
+    """The backend answered with HTTP status `answered`."""
+
+    code = "backend_refused"
+
+    def __init__(self, message: str, *, answered: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.answered = answered

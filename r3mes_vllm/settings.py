@@ -1,0 +1,200 @@
+"""Every setting of node and backend, in one place: option > environment > TOML file > default.
+
+This is the only module that reads the environment.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from r3mes_vllm.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+# In the order the existing network tries them; the first hit in the lower-cased message wins.
+DEFAULT_KEYWORDS = {
+    "coding": ["code", "program", "function", "debug", "error"],
+    "legal": ["legal", "law", "contract", "court"],
+    "medical": ["medical", "health", "doctor", "symptom"],
+    "finance": ["finance", "money", "invest", "stock"],
+}
+
+
+class ChatSettings(BaseModel):
+    """`[chat]`: how `/chat` chooses an adapter for a message that names none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keywords: dict[str, list[str]] = DEFAULT_KEYWORDS
+    policy: str | None = None
+    """Import path `module:function` of `(message: str, adapters: list[str]) -> str | None`."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="R3MES_", extra="forbid", frozen=True)
+
+    enable_serving_node: bool = False
+
+    # node
+    backend_url: str = ""
+    serving_node_url: str | None = None
+    serving_node_host: str = "0.0.0.0"
+    serving_node_port: int = Field(8081, ge=1, le=65535)
+    wallet_address: str | None = None
+    heartbeat_interval: float = Field(30.0, ge=1, le=55)
+    loras: Annotated[list[str], NoDecode] = []
+    lora_policy: str = "first"
+    """Without `loras`: `first`, `all`, `category:NAME`, or an import path `module:function`."""
+    model: str | None = None
+    max_loras: int | None = Field(None, ge=1)
+    max_lora_rank: int | None = Field(None, ge=1)
+    open_chat: bool = False
+    public_metrics: bool = False
+    insecure: bool = False
+    api_keys: Annotated[list[str], NoDecode] = []
+    api_keys_file: Path | None = None
+    admin_key: str | None = None
+    chat: ChatSettings = ChatSettings()
+
+    # supply
+    ipfs_api_url: str = "http://127.0.0.1:5001"
+    ipfs_gateways: Annotated[list[str], NoDecode] = []
+    cache_dir: Path = Path(platformdirs.user_cache_dir("r3mes-vllm"))
+    cache_size: int = Field(50 << 30, ge=1 << 20)
+    """Bytes; `20G` and the like are understood."""
+    state_dir: Path = Path(platformdirs.user_state_dir("r3mes-vllm"))
+
+    # backend
+    backend_host: str = "127.0.0.1"
+    backend_port: int = Field(
+        8000, ge=1, le=65535, validation_alias=AliasChoices("backend_port", "BACKEND_PORT")
+    )
+    database_url: str | None = None
+    fallback_url: str | None = None
+    with_local_model: str | None = None
+    allow_private_nodes: bool = False
+    require_signatures: bool = False
+
+    @field_validator("loras", "ipfs_gateways", "api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("cache_size", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("backend_url", "serving_node_url", "ipfs_api_url", "fallback_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return value.rstrip("/") if value else value
+
+    @field_validator("cache_dir", "state_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        # vLLM takes a relative path that does not exist for a hub repository and downloads it.
+        return value.expanduser().absolute()
+
+    @property
+    def backend(self) -> str:
+        """The backend's URL without a trailing slash."""
+        return self.backend_url or f"http://localhost:{self.backend_port}"
+
+    @property
+    def public_url(self) -> str:
+        """Where the network reaches this node, without a trailing slash."""
+        if self.serving_node_url:
+            return self.serving_node_url
+        host = self.serving_node_host
+        if host in ("0.0.0.0", "::", ""):
+            host = "localhost"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.serving_node_port}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings)
+
+
+def load(options: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+    """Settings from `options` (those not None), the environment and the TOML file `config`.
+
+    Raises ConfigError with the setting's name and the wrong value.
+    """
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    from_file = _read_toml(config) if config else {}
+
+    class Layered(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *args: Any, **kwargs: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            above = Settings.settings_customise_sources(settings_cls, *args, **kwargs)
+            return (*above, InitSettingsSource(settings_cls, from_file))
+
+    try:
+        return Layered(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        if first["type"] == "extra_forbidden":
+            message = f"unknown setting {name!r}{_nearest(name, Settings.model_fields)}"
+        else:
+            message = f"{name}: {first['msg']} (given: {first.get('input')!r})"
+        raise ConfigError(message, hint=f"fix it in {config}" if config else "") from error
+
+
+def misspelt(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A sentence for each `R3MES_*` variable that no setting reads."""
+    known = {f"R3MES_{name.upper()}" for name in Settings.model_fields} | {"R3MES_NODE_SPEC"}
+    unknown = sorted(name for name in environ if name.startswith("R3MES_") and name not in known)
+    return [f"unknown variable {name}{_nearest(name, known)}" for name in unknown]
+
+
+def parse_bytes(text: str) -> int:
+    """`1048576`, `512M`, `20G`, `1.5 GiB` → bytes (powers of 1024). Raises ValueError."""
+    unit = text.strip().upper().removesuffix("B").removesuffix("I")
+    number = unit.rstrip("KMGT")
+    try:
+        return int(float(number) * _UNITS[unit[len(number) :].strip()])
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"{text!r} is not a size such as 512M or 20G") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _nearest(name: str, known: Mapping[str, Any] | set[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {close[0]}?" if close else ""
