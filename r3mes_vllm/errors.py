@@ -2,6 +2,8 @@
 
     R3mesError
     ├── ConfigError           a setting that can't work
+    ├── PortTaken             another program listens there
+    ├── BadRequest            a client's request that can't be answered
     ├── IpfsError             content that can't be had from IPFS
     │   ├── BadCID            text that is no CID, or one of a kind that is not supported
     │   ├── BlockMismatch     bytes that don't hash to the CID they were asked by
@@ -44,6 +46,15 @@ class R3mesError(Exception):
 
 class ConfigError(R3mesError):
     code = "config"
+
+
+class PortTaken(R3mesError):
+    code = "port_taken"
+
+
+class BadRequest(R3mesError):
+    code = "bad_request"
+    status = 400
 
 
 class IpfsError(R3mesError):
@@ -133,10 +144,13 @@ class BackendUnreachable(BackendError):
 
 
 class BackendRefused(BackendError):
-    """The backend answered with HTTP status `answered`."""
+    """The backend answered with HTTP status `answered`; `retry_after` is in seconds."""
 
     code = "backend_refused"
 
-    def __init__(self, message: str, *, answered: int, hint: str = "") -> None:
+    def __init__(
+        self, message: str, *, answered: int, retry_after: float | None = None, hint: str = ""
+    ) -> None:
         super().__init__(message, hint=hint)
         self.answered = answered
+        self.retry_after = retry_after

@@ -4,6 +4,7 @@ This is the only module that reads the environment.
 """
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from pydantic_settings import (
 )
 
 from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.wire import Wallet
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -53,7 +55,7 @@ class Settings(BaseSettings):
     serving_node_url: str | None = None
     serving_node_host: str = "0.0.0.0"
     serving_node_port: int = Field(8081, ge=1, le=65535)
-    wallet_address: str | None = None
+    wallet_address: Wallet | None = None
     heartbeat_interval: float = Field(30.0, ge=1, le=55)
     loras: Annotated[list[str], NoDecode] = []
     lora_policy: str = "first"
@@ -128,6 +130,18 @@ class Settings(BaseSettings):
             host = "localhost"
         return f"http://{f'[{host}]' if ':' in host else host}:{self.serving_node_port}"
 
+    def environ(self) -> dict[str, str]:
+        """The variables from which another process loads these same settings."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return {
+            _variable(name): value
+            if isinstance(value, str)
+            else ",".join(value)
+            if isinstance(value, list)
+            else json.dumps(value)
+            for name, value in values.items()
+        }
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -170,9 +184,13 @@ def load(options: Mapping[str, Any] | None = None, config: Path | None = None) -
 
 def misspelt(environ: Mapping[str, str] = os.environ) -> list[str]:
     """A sentence for each `R3MES_*` variable that no setting reads."""
-    known = {f"R3MES_{name.upper()}" for name in Settings.model_fields} | {"R3MES_NODE_SPEC"}
+    known = {_variable(name) for name in Settings.model_fields}
     unknown = sorted(name for name in environ if name.startswith("R3MES_") and name not in known)
     return [f"unknown variable {name}{_nearest(name, known)}" for name in unknown]
+
+
+def _variable(name: str) -> str:
+    return "BACKEND_PORT" if name == "backend_port" else f"R3MES_{name.upper()}"
 
 
 def parse_bytes(text: str) -> int:

@@ -1,0 +1,3 @@
+from r3mes_vllm.cli.main import main
+
+main()

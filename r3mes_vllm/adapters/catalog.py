@@ -1,0 +1,159 @@
+"""Which adapters to serve: names and CIDs from the command line, the backend, the last run.
+
+The catalog of the last run lies in `STATE_DIR/catalog.json`, so that a node starts with the
+adapters it knows while the backend is away.
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from r3mes_vllm.adapters import shipped
+from r3mes_vllm.errors import BadCID, ConfigError, UnknownAdapter
+from r3mes_vllm.ipfs.cid import CID
+from r3mes_vllm.wire import AdapterName, Lora
+
+_NAME = TypeAdapter(AdapterName)
+_FILE = "catalog.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An adapter to serve: by `cid`, or, without one, in a local directory or CAR at `source`."""
+
+    name: str
+    cid: CID | None
+    source: Path = Path()
+
+
+Policy = Callable[[Sequence[Lora]], Sequence[Lora]]
+"""Chooses from the registry's adapters when `--loras` is not given."""
+
+
+class Catalog:
+    """`registry` is the backend's list of adapters, or None while it can't be reached."""
+
+    def __init__(self, state_dir: Path, registry: Sequence[Lora] | None) -> None:
+        self._file = state_dir / _FILE
+        self._registry = registry
+        self._known = (
+            self._read() if registry is None else {it.name: it.ipfs_hash for it in registry}
+        )
+        self.warnings: list[str] = []
+
+    def choose(self, items: Sequence[str], policy: str) -> list[Wanted]:
+        """The adapters named by `--loras` items, or chosen by `policy` if there are none.
+
+        Raises UnknownAdapter, BadCID or ConfigError naming the item that can't be had.
+        """
+        if not items:
+            return self._chosen(policy)
+        wanted: dict[str, Wanted] = {}
+        for item in items:
+            for one in self._read_item(item):
+                if one.name in wanted:
+                    raise ConfigError(f"--loras names {one.name!r} twice")
+                wanted[one.name] = one
+        return list(wanted.values())
+
+    def remember(self, wanted: Mapping[str, CID]) -> None:
+        """Keep these names for the next start. A state directory that can't be written is no
+        reason not to serve."""
+        known = self._known | {name: str(cid) for name, cid in wanted.items()}
+        aside = self._file.with_suffix(f".{os.getpid()}")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(known, indent=1, sort_keys=True))
+            os.replace(aside, self._file)
+        except OSError:
+            aside.unlink(missing_ok=True)
+
+    def _read_item(self, item: str) -> list[Wanted]:
+        if item == "all" or item.startswith("category:"):
+            return self._chosen(item)
+        name, equals, value = item.partition("=")
+        if not equals:
+            return [self._by_name(_checked(name))]
+        if os.path.exists(os.path.expanduser(value)):
+            return [Wanted(_checked(name), None, Path(value).expanduser().absolute())]
+        try:
+            return [Wanted(_checked(name), cid=CID.parse(value))]
+        except BadCID as error:
+            raise BadCID(
+                f"--loras {item}: {value!r} is neither a file nor a CID ({error})",
+                hint="write name=CID, name=FILE.car or name=DIRECTORY",
+            ) from error
+
+    def _chosen(self, policy: str) -> list[Wanted]:
+        """What a policy chooses; an entry that nobody could serve is a warning, not an error."""
+        wanted = []
+        for lora in _policy(policy)(self._listed()):
+            try:
+                wanted.append(Wanted(_checked(lora.name), cid=CID.parse(lora.ipfs_hash)))
+            except (BadCID, ConfigError) as error:
+                self.warnings.append(f"the registry's adapter {lora.name!r} is left out: {error}")
+        return wanted
+
+    def _by_name(self, name: str) -> Wanted:
+        cid = self._known.get(name) or shipped.cids().get(name)
+        if cid is None:
+            where = "the backend's registry" if self._registry is not None else "the last run"
+            also = ", ".join(sorted({*self._known, *shipped.cids()}))
+            raise UnknownAdapter(
+                f"no adapter named {name!r} in {where}",
+                hint=f"known: {also}; or give its CID: --loras {name}=CID",
+            )
+        return Wanted(name, cid=CID.parse(cid))
+
+    def _listed(self) -> Sequence[Lora]:
+        if self._registry:
+            return self._registry
+        known = self._known or shipped.cids()
+        return [Lora(id=0, name=name, ipfs_hash=cid) for name, cid in known.items()]
+
+    def _read(self) -> dict[str, str]:
+        try:
+            known = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return cast("dict[str, str]", known) if isinstance(known, dict) else {}
+
+
+def _checked(name: str) -> str:
+    try:
+        return _NAME.validate_python(name)
+    except ValidationError:
+        raise ConfigError(
+            f"{name!r} can't be an adapter's name: letters, digits, '.', '_' and '-' only"
+        ) from None
+
+
+def _policy(text: str) -> Policy:
+    if text == "all":
+        return lambda loras: loras
+    if text == "first":
+        return lambda loras: loras[:1]
+    if text.startswith("category:"):
+        category = text.removeprefix("category:")
+        return lambda loras: [lora for lora in loras if lora.category == category]
+    return cast(Policy, load_import_path(text))
+
+
+def load_import_path(text: str) -> Callable[..., object]:
+    """`module:function` → the function. Raises ConfigError."""
+    module, _, name = text.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"can't import {text!r}: {error}", hint="give it as package.module:function"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"{text!r} is not a function")
+    return cast("Callable[..., object]", function)

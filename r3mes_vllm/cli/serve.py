@@ -1,0 +1,80 @@
+"""`r3mes-vllm serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r3mes_vllm import settings
+
+
+def serve(
+    context: typer.Context,
+    loras: Annotated[
+        str | None,
+        typer.Option(help="NAME, NAME=CID, NAME=PATH, category:NAME or all; comma-separated."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub name or directory. [default: SmolLM2-135M-Instruct]")
+    ] = None,
+    backend_url: Annotated[str | None, typer.Option(help="Where to register.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [0.0.0.0]")] = None,
+    port: Annotated[int | None, typer.Option(help="[8081]")] = None,
+    public_url: Annotated[
+        str | None, typer.Option(help="Where the network reaches this node.")
+    ] = None,
+    ipfs_api: Annotated[
+        str | None, typer.Option(help="RPC of an IPFS daemon. [http://127.0.0.1:5001]")
+    ] = None,
+    ipfs_gateway: Annotated[
+        list[str] | None, typer.Option(help="Trustless gateway; may be given several times.")
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Models and adapters.")] = None,
+    cache_size: Annotated[str | None, typer.Option(help="Such as 20G.")] = None,
+    max_loras: Annotated[
+        int | None, typer.Option(help="Adapter slots on the engine. [from the adapters]")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(help="Largest rank served. [from the adapters]")
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen beyond loopback without a key.")
+    ] = None,
+    open_chat: Annotated[
+        bool | None,
+        typer.Option("--open-chat", help="/chat without a key: the existing backend sends none."),
+    ] = None,
+    public_metrics: Annotated[
+        bool | None, typer.Option("--public-metrics", help="/metrics without a key.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+) -> None:
+    """Run a serving node. What follows -- goes to vLLM's own parser.
+
+    Example: r3mes-vllm serve --loras legal,medical --host 127.0.0.1 -- --max-model-len 4096
+    """
+    given = settings.load(
+        {
+            "loras": loras,
+            "model": model,
+            "backend_url": backend_url,
+            "serving_node_host": host,
+            "serving_node_port": port,
+            "serving_node_url": public_url,
+            "ipfs_api_url": ipfs_api,
+            "ipfs_gateways": ipfs_gateway or None,
+            "cache_dir": cache_dir,
+            "cache_size": cache_size,
+            "max_loras": max_loras,
+            "max_lora_rank": max_lora_rank,
+            "insecure": insecure,
+            "open_chat": open_chat,
+            "public_metrics": public_metrics,
+        },
+        config,
+    )
+    from r3mes_vllm.node import startup
+
+    root = context.find_root()
+    if startup.serve(given, context.args, verbose=bool(root.params.get("debug"))):
+        raise typer.Exit(130)

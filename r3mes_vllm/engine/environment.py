@@ -1,0 +1,19 @@
+"""What vLLM reads from the environment; to be set before anything of vLLM is imported."""
+
+import os
+
+
+def prepare(*, local_model: bool, verbose: bool) -> None:
+    """Set what vLLM needs and the operator did not set. vLLM's worker processes inherit it."""
+    ours = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; by default vLLM takes most of the memory
+    }
+    if local_model:
+        ours["HF_HUB_OFFLINE"] = "1"
+    for name, value in ours.items():
+        os.environ.setdefault(name, value)
+    # vLLM mounts an endpoint plugin only if it is named here.
+    plugins = os.environ.get("VLLM_PLUGINS", "").split(",")
+    os.environ["VLLM_PLUGINS"] = ",".join(filter(None, dict.fromkeys([*plugins, "r3mes"])))

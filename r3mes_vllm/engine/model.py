@@ -1,0 +1,37 @@
+"""What the base model is: where it lies, under which name it is served, which modules it has."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm.transformers_utils.config import get_config
+
+from r3mes_vllm.adapters.model_shape import ModelShape
+from r3mes_vllm.errors import ConfigError
+
+
+def served_name(model: str) -> str:
+    """`model` as given, or the last folder of a path: no path of this machine leaves the node."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def shape_of(model: str, name: str) -> ModelShape:
+    """Of a hub name or a directory, as vLLM takes it. Raises ConfigError if it is neither."""
+    return ModelShape.from_config(name, _config(model))
+
+
+def _config(model: str) -> dict[str, Any]:
+    directory = Path(model)
+    if directory.is_dir():
+        path = directory / "config.json"
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--model {model}: can't read {path}: {error}") from error
+    try:
+        config = get_config(model, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"--model {model}: {error}", hint="give a model's hub name or a local directory"
+        ) from error
+    return dict(config.to_dict())

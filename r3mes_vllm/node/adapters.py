@@ -1,0 +1,88 @@
+"""Which adapters this node serves, and all of them in the store: used before the engine starts,
+to size it, and again in vLLM's server, to load them."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from r3mes_vllm.adapters.catalog import Catalog, Wanted
+from r3mes_vllm.adapters.model_shape import ModelShape
+from r3mes_vllm.adapters.store import Store
+from r3mes_vllm.adapters.supply import Obtained, Supply
+from r3mes_vllm.errors import AdapterError, BackendError, IpfsError
+from r3mes_vllm.ipfs.fetch import Progress
+from r3mes_vllm.node.backend_client import BackendClient
+from r3mes_vllm.report import warn
+from r3mes_vllm.settings import Settings
+from r3mes_vllm.wire import Lora
+
+_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+    adapter: Obtained
+
+
+async def obtain_all(
+    settings: Settings,
+    *,
+    base: ModelShape,
+    max_rank: int,
+    progress: Callable[[str, Progress], None] | None = None,
+) -> list[Named]:
+    """The adapters to serve, fetched, vetted and held, in the order they were named.
+
+    One that can't be had is a warning: the node serves what it has. Raises UnknownAdapter,
+    BadCID or ConfigError for an item that means nothing.
+    """
+    catalog = Catalog(settings.state_dir, await _registry(settings))
+    wanted = catalog.choose(settings.loras, settings.lora_policy)
+    supply = Supply(
+        Store(settings.cache_dir),
+        ipfs_api=settings.ipfs_api_url,
+        gateways=settings.ipfs_gateways,
+        base=base,
+        max_rank=max_rank,
+    )
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(it: Wanted) -> Named | None:
+        async with gate:
+            try:
+                return Named(it.name, await _obtain(supply, it, progress))
+            except (IpfsError, AdapterError) as error:
+                hint = f" ({error.hint})" if error.hint else ""
+                warn(f"adapter {it.name!r} is left out: {error}{hint}")
+                return None
+
+    named = [it for it in await asyncio.gather(*map(one, wanted)) if it]
+    for text in catalog.warnings:
+        warn(text)
+    for it in named:
+        for text in it.adapter.facts.warnings:
+            warn(f"adapter {it.name!r}: {text}")
+    catalog.remember({it.name: it.adapter.cid for it in named})
+    return named
+
+
+async def _obtain(
+    supply: Supply, wanted: Wanted, progress: Callable[[str, Progress], None] | None
+) -> Obtained:
+    if wanted.cid is None:
+        return await supply.import_path(wanted.source)
+    tell = (lambda it: progress(wanted.name, it)) if progress else None
+    return await supply.obtain(wanted.cid, progress=tell)
+
+
+async def _registry(settings: Settings) -> list[Lora] | None:
+    items = settings.loras
+    if items and all("=" in item for item in items):
+        return None  # every CID is given
+    async with BackendClient(settings.backend) as client:
+        try:
+            return await client.loras()
+        except BackendError as error:
+            warn(f"{error}; serving the adapters known here")
+            return None

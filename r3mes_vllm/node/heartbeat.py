@@ -1,0 +1,94 @@
+"""The node's place in the network: registered at the backend, with a beat every 30 s."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import suppress
+
+from r3mes_vllm import __version__
+from r3mes_vllm.errors import BackendError, BackendRefused
+from r3mes_vllm.node.backend_client import BackendClient
+from r3mes_vllm.report import say, warn
+from r3mes_vllm.wire import ACTIVE, OFFLINE, Heartbeat, RegisterNode
+
+_FIRST_RETRY_S = 1.0
+_FAREWELL_S = 3.0
+_JITTER = 0.1
+
+
+class Registration:
+    """Registers, beats, registers again when the backend forgot the node; never gives up.
+
+    `describe` gives the registration as it is now, `load` the number of requests in flight.
+    """
+
+    def __init__(
+        self,
+        client: BackendClient,
+        describe: Callable[[], RegisterNode],
+        load: Callable[[], int],
+        interval_s: float,
+    ) -> None:
+        self._client = client
+        self._describe = describe
+        self._load = load
+        self._interval = interval_s
+        self._registered = False
+
+    async def goodbye(self) -> None:
+        """Tell the backend that this node is gone; an absent backend costs seconds at most."""
+        if not self._registered:
+            return
+        with suppress(BackendError, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                # The existing backend has no deregister route: the last beat takes the node off
+                # its list.
+                await self._beat(OFFLINE)
+                await self._client.deregister(self._describe().wallet_address)
+
+    async def run(self) -> None:
+        """Register and beat until cancelled."""
+        delay, complaint = _FIRST_RETRY_S, ""
+        while True:
+            try:
+                await (self._beat() if self._registered else self._register())
+                delay, complaint = self._interval, ""
+                pause = delay
+            except BackendRefused as error:
+                if error.answered == 404 and self._registered:
+                    self._registered = False  # it forgot us: register without waiting
+                    continue
+                pause = error.retry_after or self._interval
+                complaint = _complain_once(error, complaint)
+            except BackendError as error:
+                pause, delay = delay, min(delay * 2, self._interval)
+                complaint = _complain_once(error, complaint)
+            await asyncio.sleep(pause * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311
+
+    async def _register(self) -> None:
+        node = self._describe()
+        await self._client.register(node)
+        self._registered = True
+        say(
+            f"Serving node registered with {self._client.url} as {node.endpoint_url} "
+            f"(wallet {node.wallet_address})"
+        )
+
+    async def _beat(self, status: str = ACTIVE) -> None:
+        node = self._describe()
+        await self._client.beat(
+            Heartbeat(
+                wallet_address=node.wallet_address,
+                status=status,
+                current_load=self._load(),
+                adapters=node.adapters,
+                version=__version__,
+            )
+        )
+
+
+def _complain_once(error: BackendError, before: str) -> str:
+    """The first of a row of equal failures is enough for a reader."""
+    if error.message != before:
+        warn(f"not registered: {error}; trying again, serving meanwhile")
+    return error.message

@@ -1,0 +1,198 @@
+"""Each rule refuses what it is there for, and nothing else does: with the rule out, it passes."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from r3mes_vllm.adapters import vetting
+from r3mes_vllm.adapters.model_shape import ModelShape
+from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS, vet
+from r3mes_vllm.errors import AdapterRefused
+from tests import tiny
+
+BASE = ModelShape(tiny.NAME, tiny.modules())
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in tiny.tensors(seed=0).items()}
+
+
+def write(
+    directory: Path, config: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
+) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / CONFIG).write_text(json.dumps(config or tiny.config()))
+    save_file(tensors or weights(), directory / WEIGHTS)
+    return directory
+
+
+def test_a_good_adapter_passes(tmp_path: Path) -> None:
+    found = vet(write(tmp_path / "a"), base=BASE)
+    assert (found.rank, found.alpha, found.modules) == (8, 16.0, len(tiny.modules()))
+    assert found.warnings == ()
+
+
+def test_another_base_model_of_the_same_shape_is_a_warning(tmp_path: Path) -> None:
+    config = tiny.config() | {"base_model_name_or_path": "someone/tuned-llama"}
+    assert "someone/tuned-llama" in vet(write(tmp_path / "a", config), base=BASE).warnings[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_floating_types_pass(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: value.to(dtype) for name, value in weights().items()}
+    assert vet(write(tmp_path / "a", None, tensors), base=BASE).rank == 8
+
+
+BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("kind_is_lora", {"peft_type": "IA3"}),
+    ("kind_is_lora", {"peft_type": None}),
+    ("features_are_served", {"use_dora": True}),
+    ("features_are_served", {"bias": "all"}),
+    ("features_are_served", {"modules_to_save": ["lm_head"]}),
+    ("features_are_served", {"layer_replication": [[0, 1]]}),
+    ("features_are_served", {"auto_mapping": {"parent_library": "evil"}}),
+    ("features_are_served", {"trainable_token_indices": [1]}),
+    ("features_are_served", {"init_lora_weights": "pissa"}),
+    ("rank_is_sane", {"r": 0}),
+    ("rank_is_sane", {"r": 4096}),
+    ("rank_is_sane", {"r": True}),
+    ("rank_is_sane", {"r": "8"}),
+    ("rank_is_sane", {"rank_pattern": {"q_proj": -1}}),
+    ("alpha_is_sane", {"lora_alpha": 0}),
+    ("alpha_is_sane", {"lora_alpha": 10**400}),
+    ("alpha_is_sane", {"lora_alpha": None}),
+    ("alpha_is_sane", {"alpha_pattern": {"q_proj": 1e30}}),
+    ("names_are_literal", {"target_modules": ".*"}),
+    ("names_are_literal", {"target_modules": []}),
+    ("names_are_literal", {"target_modules": ["(a|aa)+$"]}),
+    ("names_are_literal", {"rank_pattern": {"(?:a|aa)+$x": 8}}),
+    ("names_are_literal", {"rank_pattern": ["q_proj"]}),
+    ("shapes_fit", {"r": 16}),
+]
+
+
+@pytest.mark.parametrize(("rule", "change"), BAD_CONFIGS, ids=lambda value: str(value)[:40])
+def test_a_bad_configuration_is_refused(tmp_path: Path, rule: str, change: dict[str, Any]) -> None:
+    with pytest.raises(AdapterRefused) as caught:
+        vet(write(tmp_path / "a", tiny.config() | change), base=BASE)
+    assert caught.value.rule == rule
+
+
+def without(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.pop(name)
+
+
+def with_value(value: float, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        poisoned = tensors[Q + "A.weight"].to(dtype)
+        poisoned[-1, -1] = value
+        tensors[Q + "A.weight"] = poisoned
+
+    return change
+
+
+def moved(old: str, new: str) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+def cut(tensors: dict[str, Any]) -> None:
+    tensors[Q + "A.weight"] = tensors[Q + "A.weight"][:, :-1].contiguous()
+
+
+BAD_TENSORS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
+    ("tensors_are_lora", without(Q + "B.weight")),
+    ("tensors_are_lora", moved(Q + "A.weight", Q + "A.default.weight")),
+    ("tensors_are_lora", moved(Q + "A.weight", "base_model.model.lm_head.weight")),
+    ("shapes_fit", cut),
+    ("shapes_fit", moved("layers.0", "layers.999")),
+    ("shapes_fit", moved("q_proj", "z_proj")),
+    ("numbers_are_finite", with_value(float("nan"))),
+    ("numbers_are_finite", with_value(float("-inf"))),
+    ("numbers_are_finite", with_value(float("inf"), torch.float16)),
+    ("numbers_are_finite", with_value(float("nan"), torch.bfloat16)),
+]
+
+
+@pytest.mark.parametrize(("rule", "change"), BAD_TENSORS)
+def test_bad_weights_are_refused_by_their_rule_alone(
+    tmp_path: Path, rule: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    tensors = weights()
+    change(tensors)
+    directory = write(tmp_path / "a", None, tensors)
+    with pytest.raises(AdapterRefused) as caught:
+        vet(directory, base=BASE)
+    assert caught.value.rule == rule
+    others = [it for it in vetting.RULES if it.__name__ not in (rule, "shapes_fit")]
+    vet(directory, base=BASE, rules=others)
+
+
+def header(entries: object, data: bytes = b"") -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: str = "F32", shape: tuple[int, ...] = (1,), ends: tuple[int, int] = (0, 4)) -> Any:
+    return {"dtype": dtype, "shape": shape, "data_offsets": ends}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00\x00",
+        b"PK\x03\x04 a pickle in a zip",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        header(b"[1, 2"),
+        header(b"[" * 100_000),
+        header([]),
+        header({"x": 1}),
+        header({"x": entry()}),
+        header({"x": entry()}, b"12345"),
+        header({"x": entry(ends=(4, 8))}, b"12345678"),
+        header({"x": entry(), "y": entry()}, b"1234"),
+        header(b'{"x": %b, "x": %b}' % ((json.dumps(entry()).encode(),) * 2), b"1234"),
+        header({"x": entry("I64", ends=(0, 8))}, b"12345678"),
+        header({"x": entry(shape=(-1,))}, b"1234"),
+        header({"x": entry(shape=(1 << 62, 1 << 62))}, b"1234"),
+        header({"__metadata__": {"a": 1}, "x": entry()}, b"1234"),
+    ],
+    ids=range(17),
+)
+def test_a_broken_weights_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    directory = write(tmp_path / "a")
+    (directory / WEIGHTS).write_bytes(data)
+    with pytest.raises(AdapterRefused) as caught:
+        vet(directory, base=BASE)
+    assert caught.value.rule in ("header_is_sound", "dtype_is_floating")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"r": NaN}', b'{"r": 1, "r": 2}', b"\xff"])
+def test_a_broken_configuration_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    directory = write(tmp_path / "a")
+    (directory / CONFIG).write_bytes(data)
+    with pytest.raises(AdapterRefused, match=CONFIG) as caught:
+        vet(directory, base=BASE)
+    assert caught.value.rule == "config_is_json"
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_or_linked_file_is_refused(tmp_path: Path, name: str) -> None:
+    directory = write(tmp_path / "a")
+    (directory / name).rename(tmp_path / "elsewhere")
+    for make in (lambda: None, lambda: (directory / name).symlink_to(tmp_path / "elsewhere")):
+        make()
+        with pytest.raises(AdapterRefused) as caught:
+            vet(directory, base=BASE)
+        assert caught.value.rule == "files_are_there"

@@ -1,0 +1,62 @@
+"""Fixtures shared by all tests: one real backend and one real node on the CPU for the session."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.programs import Program, free_port, program, wait_until
+
+pytest_plugins = ["tests.peers.js_ipfs"]
+
+NODE_STARTS_S = 180
+HEARTBEAT_S = 1.0
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("model") / tiny.NAME)
+
+
+@dataclass
+class Network:
+    """A backend and a node with the adapters `legal` and `medical`, of random weights."""
+
+    folder: Path
+    backend: Program
+    node: Program
+    backend_arguments: tuple[str, ...]
+
+
+@pytest.fixture(scope="session")
+def network(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    folder = tmp_path_factory.mktemp("network")
+    backend_url = f"http://127.0.0.1:{(backend_port := free_port())}"
+    node_url = f"http://127.0.0.1:{(node_port := free_port())}"
+    adapters = ",".join(
+        f"{name}={tiny.make_adapter(folder / name, seed=seed)}"
+        for seed, name in enumerate(("legal", "medical"))
+    )
+    backend_arguments = (
+        *("backend", "--port", str(backend_port), "--allow-private-nodes"),
+        *("--database-url", f"sqlite:///{folder / 'backend.sqlite3'}"),
+    )
+    with (
+        program(folder, *backend_arguments, url=backend_url) as backend,
+        program(
+            folder,
+            *("serve", "--loras", adapters, "--model", str(tiny_model)),
+            *("--backend-url", backend_url, "--host", "127.0.0.1", "--port", str(node_port)),
+            # as many slots as adapters: stock vLLM then gives base rows the last adapter's weights
+            *("--max-loras", "2"),
+            url=node_url,
+            env={"R3MES_HEARTBEAT_INTERVAL": str(HEARTBEAT_S)},
+        ) as node,
+    ):
+        backend.wait_for("/health", 30)
+        node.wait_for("/ready", NODE_STARTS_S)
+        found = Network(folder, backend, node, backend_arguments)
+        wait_until(lambda: "registered with" in node.output(), 20, "the registration")
+        yield found

@@ -1,0 +1,89 @@
+"""Real programs under test: started as a user starts them, on free loopback ports."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll until `condition`; a refused connection is not yet."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if condition():
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+@dataclass
+class Program:
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, path: str, seconds: float) -> None:
+        def answers() -> bool:
+            if self.process.poll() is not None:
+                raise AssertionError(f"it ended with {self.process.returncode}:\n{self.output()}")
+            return httpx.get(self.url + path).is_success
+
+        wait_until(answers, seconds, f"{self.url}{path}:\n{self.output()[-3000:]}")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+
+@contextlib.contextmanager
+def program(
+    folder: Path, *arguments: str, url: str = "", env: Mapping[str, str] | None = None
+) -> Iterator[Program]:
+    """`r3mes-vllm ARGUMENTS` with a state and a cache of its own under `folder`."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("R3MES_")}
+    environment |= {
+        "R3MES_STATE_DIR": str(folder / "state"),
+        "R3MES_CACHE_DIR": str(folder / "cache"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        **(env or {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{arguments[0]}-{time.monotonic_ns()}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "r3mes_vllm", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    running = Program(process, log, url)
+    try:
+        yield running
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
