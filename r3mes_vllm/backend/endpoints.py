@@ -1,0 +1,97 @@
+"""Where a node may live: the check against a registration that points the backend at itself or
+at its owner's network (server-side request forgery).
+
+The address is checked twice, at registration and at each dial, because a name can resolve to
+something else by then; the dial goes to the very address that was checked.
+"""
+
+import asyncio
+import ipaddress
+import re
+import socket
+from collections.abc import Awaitable, Callable
+
+import httpx
+
+from r3mes_vllm.backend.refusals import BadInput
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+"""`(host, port) -> IP addresses`. Raises OSError if there are none."""
+
+_FIELD = "endpoint_url"
+_LENGTH_LIMIT = 2048
+_RESOLVE_TIMEOUT_S = 5.0
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+_SCHEMES = ("http", "https")
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The system resolver, at most 5 seconds. It reads `127.1` and `2130706433` as addresses,
+    just as a dial does."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+async def check_endpoint(url: str, *, allow_private: bool, resolve: Resolve = resolve) -> str:
+    """`url` as it is stored: normal form, no trailing slash. Raises BadInput."""
+    parsed = _parse(url)
+    if not allow_private:
+        await public_address(parsed, resolve)
+    return str(parsed).rstrip("/")
+
+
+async def public_address(url: httpx.URL, resolve: Resolve = resolve) -> str:
+    """An address of `url`'s host. Raises BadInput if it has none or one that is not public."""
+    try:
+        addresses = await resolve(url.host, url.port or _default_port(url))
+    except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
+        raise BadInput(f"{_FIELD}: {url.host} does not resolve: {error}", field=_FIELD) from error
+    for address in addresses:
+        if not is_public(address):
+            raise BadInput(
+                f"{_FIELD}: {url.host} is {address}, a private address",
+                field=_FIELD,
+                hint="pass --allow-private-nodes to the backend if its nodes live there",
+            )
+    if not addresses:
+        raise BadInput(f"{_FIELD}: {url.host} does not resolve", field=_FIELD)
+    return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether `address` is on the open internet, looking inside IPv6 that carries an IPv4."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            ip = inner
+    return ip.is_global and not ip.is_multicast
+
+
+def _parse(url: str) -> httpx.URL:
+    if len(url) > _LENGTH_LIMIT:
+        raise BadInput(f"{_FIELD}: longer than {_LENGTH_LIMIT} characters", field=_FIELD)
+    shown = repr(url[:200])
+    if re.search(r"[\s\\\x00-\x1f\x7f]", url):
+        raise BadInput(f"{_FIELD}: {shown} has a blank, control or \\ character", field=_FIELD)
+    if "?" in url or "#" in url:
+        raise BadInput(f"{_FIELD}: {shown} has a query or a fragment", field=_FIELD)
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise BadInput(f"{_FIELD}: {shown} is no URL: {error}", field=_FIELD) from error
+    if parsed.scheme not in _SCHEMES or not parsed.host:
+        raise BadInput(f"{_FIELD}: {shown} must begin with http:// or https://", field=_FIELD)
+    if parsed.userinfo or "@" in parsed.netloc.decode("latin-1") or "@" in url.split("/")[2]:
+        raise BadInput(f"{_FIELD}: holds a user name or password", field=_FIELD)
+    if parsed.port is not None and not 1 <= parsed.port <= 65535:
+        raise BadInput(f"{_FIELD}: port {parsed.port} is not 1 to 65535", field=_FIELD)
+    return parsed
+
+
+def _default_port(url: httpx.URL) -> int:
+    return 443 if url.scheme == "https" else 80

@@ -1,0 +1,75 @@
+"""The answers "no" that only the backend gives.
+
+R3mesError
+├── BadInput            the client's mistake; `field` says where
+│   ├── Malformed       the body is not what its content type promises
+│   └── TooLarge        more bytes than a body may have
+├── Unauthorized        no key, or a wrong one
+├── UnknownNode         nobody registered that wallet
+├── Unavailable         try again after `retry_after` seconds
+│   └── DatabaseDown
+└── NodeFailed          a node was reached and broke before it answered
+    ├── NodeTimedOut
+    └── RoutingLoop     the request has been through this backend already
+"""
+
+from r3mes_vllm.errors import R3mesError
+
+
+class BadInput(R3mesError):
+    """`field` is the name of the JSON field, query parameter or header that is wrong."""
+
+    code = "bad_input"
+    status = 422
+
+    def __init__(self, message: str, *, field: str | None = None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.field = field
+
+
+class Malformed(BadInput):
+    code = "malformed"
+    status = 400
+
+
+class TooLarge(BadInput):
+    code = "too_large"
+    status = 413
+
+
+class Unauthorized(R3mesError):
+    code = "unauthorized"
+    status = 401
+
+
+class UnknownNode(R3mesError):
+    code = "unknown_node"
+    status = 404
+
+
+class Unavailable(R3mesError):
+    code = "unavailable"
+    status = 503
+
+    def __init__(self, message: str, *, retry_after: int = 10, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+class DatabaseDown(Unavailable):
+    code = "database_down"
+
+
+class NodeFailed(R3mesError):
+    code = "node_failed"
+    status = 502
+
+
+class NodeTimedOut(NodeFailed):
+    code = "node_timed_out"
+    status = 504
+
+
+class RoutingLoop(NodeFailed):
+    code = "routing_loop"
+    status = 508

@@ -1,0 +1,135 @@
+"""The backend as a program: a socket, a start-up line, an orderly end."""
+
+import asyncio
+import errno
+import ipaddress
+import socket
+import sys
+
+import uvicorn
+
+from r3mes_vllm.backend.app import create_app
+from r3mes_vllm.backend.keys import client_keys
+from r3mes_vllm.backend.registry import Registry
+from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.settings import Settings
+
+_GRACE_S = 10
+"""Seconds that running answers get to finish after SIGINT or SIGTERM."""
+
+_BACKLOG = 2048
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM, which is raised again once all is closed.
+
+    Raises ConfigError before anything is served: port taken, database not there, bad settings.
+    """
+    asyncio.run(serve(settings))
+
+
+async def serve(settings: Settings) -> None:
+    """As `run`, inside a running loop."""
+    app = create_app(settings)
+    # Opened once here, so that a database that can't be had is a sentence and not a traceback.
+    async with Registry.open(settings.database_url) as registry:
+        database = registry.where
+    sockets = listen(settings.backend_host, settings.backend_port)
+    try:
+        for warning in warnings(settings):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        line = f"backend listens on {_url(sockets[0])}, database {database}"
+        await _Announced(config, line).serve(sockets=sockets)
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on every address of `host`. Raises ConfigError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"can't listen on {host!r}: {error}", hint="check --host") from error
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        # asyncio sets TCP_NODELAY only where the protocol is named, and without it each small
+        # piece of a stream waits 40 ms for an acknowledgement.
+        each = socket.socket(family, kind, protocol)
+        try:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            each.bind(address)
+            each.listen(_BACKLOG)
+        except OSError as error:
+            each.close()
+            failure = failure if failure and failure.errno == errno.EADDRINUSE else error
+        else:
+            sockets.append(each)
+    if failure and (failure.errno == errno.EADDRINUSE or not sockets):
+        for each in sockets:
+            each.close()
+        raise _cannot_listen(host, port, failure) from failure
+    return sockets
+
+
+def warnings(settings: Settings) -> list[str]:
+    """What the owner should know at start, a sentence each."""
+    found = []
+    beyond = not _is_loopback(settings.backend_host)
+    if beyond and not client_keys(settings) and not settings.insecure:
+        found.append(
+            f"anyone who reaches {settings.backend_host}:{settings.backend_port} may use /chat "
+            "and /v1: set R3MES_API_KEYS, or pass --insecure if that is meant"
+        )
+    if beyond and not settings.admin_key and not settings.insecure:
+        found.append("anyone may register adapters: set R3MES_ADMIN_KEY")
+    for name in ("fallback_url", "with_local_model"):
+        if getattr(settings, name):
+            found.append(f"{name} is not available yet and does nothing")
+    return found
+
+
+class _Announced(uvicorn.Server):
+    """Prints `line` once it listens."""
+
+    def __init__(self, config: uvicorn.Config, line: str) -> None:
+        super().__init__(config)
+        self._line = line
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            print(self._line, flush=True)
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"port {port} is in use", hint="stop what uses it, or pass another --port"
+        )
+    return ConfigError(
+        f"can't listen on {host}:{port}: {error.strerror}", hint="check --host and --port"
+    )
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
