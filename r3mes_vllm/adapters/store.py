@@ -83,7 +83,7 @@ class Store:
         """
         fd = os.open(self._locks / f"{cid}.fetch", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            while not _try_lock(fd):
+            while not _try_lock(fd):  # noqa: ASYNC110 - the kernel wakes nobody here
                 await asyncio.sleep(_POLL_S)
             folder = self._incoming / str(cid)
             folder.mkdir(exist_ok=True)

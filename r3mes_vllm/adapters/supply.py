@@ -11,11 +11,13 @@ from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.store import Lease, Store
 from r3mes_vllm.adapters.vetting import HEADER_RULES, RULES, Adapter, Rule, vet
 from r3mes_vllm.errors import AdapterRefused
+from r3mes_vllm.ipfs import car
 from r3mes_vllm.ipfs.blockstore import BlockStore
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.fetch import Limits, Progress, fetch
+from r3mes_vllm.ipfs.fetch import Progress, fetch
 from r3mes_vllm.ipfs.pack import pack
 from r3mes_vllm.ipfs.sources import CarSource, GatewaySource, KuboSource, Source
+from r3mes_vllm.ipfs.tree import Limits
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,22 @@ class Supply:
 
     async def import_path(self, path: Path) -> Obtained:
         """The adapter in the operator's directory or CAR file at `path`, under its CID."""
-        if path.is_dir():
+        if path.is_dir():  # noqa: ASYNC240 - a local file, asked once
             with self._store.scratch() as scratch:
-                car = scratch / "packed.car"
-                cid = await asyncio.to_thread(pack, path, car)
-                return await self._import_car(cid, car)
-        return await self._import_car(await asyncio.to_thread(car_root, path), path)
+                packed = scratch / "packed.car"
+                cid = await asyncio.to_thread(pack, path, packed)
+                return await self._import_car(cid, packed)
+        return await self._import_car(await asyncio.to_thread(car.root_of, path), path)
 
-    async def _import_car(self, cid: CID, car: Path) -> Obtained:
+    async def _import_car(self, cid: CID, path: Path) -> Obtained:
         if (held := await self._held(cid)) is not None:
             return held
-        await self._fetch(cid, [CarSource(car)], None)
+        await self._fetch(cid, [CarSource(path)], None)
         return await self._held_now(cid, fetched=True)
 
     def _sources(self, cid: CID) -> list[Source]:
-        cars = [it.car for it in shipped.adapters() if CID.parse(it.cid) == cid]
         return [
-            *(CarSource(car) for car in cars),
+            *(CarSource(it.car) for it in shipped.adapters() if CID.parse(it.cid) == cid),
             KuboSource(self._ipfs_api),
             *(GatewaySource(url) for url in self._gateways),
         ]

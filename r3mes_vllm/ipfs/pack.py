@@ -1,0 +1,118 @@
+"""A directory as a deterministic CAR, with the CID that Kubo gives it.
+
+`ipfs add -r --cid-version=1 --raw-leaves --chunker=size-262144`: sha2-256, leaves of 256 KiB,
+balanced trees of 174 links a node; names that begin with a dot are left out.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from r3mes_vllm.errors import AdapterError
+from r3mes_vllm.ipfs import car
+from r3mes_vllm.ipfs.cid import CID, DAG_PB, RAW
+from r3mes_vllm.ipfs.unixfs import Link, encode_directory, encode_file
+
+CHUNK = 262144
+_WIDTH = 174
+
+
+@dataclass
+class _Tree:
+    """A block to be written: a dag-pb block, or `length` bytes at `offset` of `path`."""
+
+    cid: CID
+    size: int
+    """Bytes of the content under it."""
+    total: int
+    """Bytes of the blocks under it, with its own."""
+    block: bytes | None = None
+    path: Path = Path()
+    offset: int = 0
+    children: list["_Tree"] = field(default_factory=list)
+
+
+def pack(source: Path, destination: Path) -> CID:
+    """Write the CAR of the directory or file `source` to `destination`; its root CID.
+
+    The CAR appears whole or not at all. Raises AdapterError for links, devices and files that
+    change meanwhile.
+    """
+    aside = destination.with_name(f".{destination.name}.{os.getpid()}")
+    try:
+        tree = _read(source)
+        with aside.open("wb") as file:
+            car.write(file, tree.cid, _blocks(tree, set()))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(destination)
+    except OSError as error:
+        raise AdapterError(f"can't pack {source}: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return tree.cid
+
+
+def _read(path: Path) -> _Tree:
+    if path.is_symlink():
+        raise AdapterError(f"{path} is a symbolic link", hint="pack the file itself")
+    if path.is_file():
+        return _read_file(path)
+    if not path.is_dir():
+        raise AdapterError(f"{path} is neither a file nor a directory")
+    children = {
+        entry.name: _read(entry)
+        for entry in sorted(path.iterdir())
+        if not entry.name.startswith(".")
+    }
+    links = [Link(child.cid, name, child.total) for name, child in children.items()]
+    block = encode_directory(links)
+    # Children in the order of the links, so that a reader meets them depth first.
+    ordered = [children[name] for name in sorted(children, key=str.encode)]
+    return _node(block, ordered)
+
+
+def _read_file(path: Path) -> _Tree:
+    leaves: list[_Tree] = []
+    with path.open("rb") as file:
+        while (data := file.read(CHUNK)) or not leaves:
+            cid, length = CID.of(RAW, data), len(data)
+            offset = len(leaves) * CHUNK
+            leaves.append(_Tree(cid, length, length, path=path, offset=offset))
+    level = leaves
+    while len(level) > 1:
+        level = [_join(level[at : at + _WIDTH]) for at in range(0, len(level), _WIDTH)]
+    return level[0]
+
+
+def _join(parts: list[_Tree]) -> _Tree:
+    links = [Link(part.cid, "", part.total) for part in parts]
+    return _node(encode_file(links, [part.size for part in parts]), parts)
+
+
+def _node(block: bytes, children: list[_Tree]) -> _Tree:
+    return _Tree(
+        CID.of(DAG_PB, block),
+        sum(child.size for child in children),
+        len(block) + sum(child.total for child in children),
+        block=block,
+        children=children,
+    )
+
+
+def _blocks(tree: _Tree, written: set[CID]) -> Iterator[car.Block]:
+    if tree.cid in written:
+        return
+    written.add(tree.cid)
+    if tree.block is not None:
+        yield tree.cid, tree.block
+        for child in tree.children:
+            yield from _blocks(child, written)
+        return
+    with tree.path.open("rb") as file:
+        file.seek(tree.offset)
+        data = file.read(tree.size)
+    if not tree.cid.matches(data):
+        raise AdapterError(f"{tree.path} changed while it was packed", hint="pack it again")
+    yield tree.cid, data
