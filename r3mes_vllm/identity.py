@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +59,11 @@ def _create(path: Path) -> bytes:
     pem = Ed25519PrivateKey.generate().private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
     )
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        fd, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+        with open(fd, "wb") as file:
             file.write(pem)
             file.flush()
             os.fsync(file.fileno())
@@ -76,4 +78,5 @@ def _create(path: Path) -> bytes:
             hint="set R3MES_STATE_DIR to a writable folder",
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        if aside:
+            os.unlink(aside)

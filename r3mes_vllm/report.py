@@ -29,11 +29,9 @@ def warn(text: str) -> None:
 _began: dict[str, float] = {}
 
 
-def begin(name: str, text: str = "") -> None:
-    """A phase starts; with `text` a line says so."""
+def begin(name: str) -> None:
+    """A phase starts."""
     _began[name] = time.monotonic()
-    if text:
-        say(f"{name}: {text}")
 
 
 def done(name: str, text: str) -> None:

@@ -26,6 +26,8 @@ from r3mes_vllm.wire import Wallet
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
+_SECRET = ("api_keys", "admin_key", "database_url")
+
 # In the order the existing network tries them; the first hit in the lower-cased message wins.
 DEFAULT_KEYWORDS = {
     "coding": ["code", "program", "function", "debug", "error"],
@@ -178,7 +180,8 @@ def load(options: Mapping[str, Any] | None = None, config: Path | None = None) -
         if first["type"] == "extra_forbidden":
             message = f"unknown setting {name!r}{_nearest(name, Settings.model_fields)}"
         else:
-            message = f"{name}: {first['msg']} (given: {first.get('input')!r})"
+            given_value = "" if name.split(".")[0] in _SECRET else f" (given: {first['input']!r})"
+            message = f"{name}: {first['msg']}{given_value}"
         raise ConfigError(message, hint=f"fix it in {config}" if config else "") from error
 
 

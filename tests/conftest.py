@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one real backend and one real node on the CPU for the session."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from tests import tiny
 from tests.programs import Program, free_port, program, wait_until
 
-pytest_plugins = ["tests.peers.js_ipfs"]
+pytest_plugins: list[str] = []
 
 NODE_STARTS_S = 180
 HEARTBEAT_S = 1.0
@@ -28,6 +29,11 @@ class Network:
     backend: Program
     node: Program
     backend_arguments: tuple[str, ...]
+    running: ExitStack
+
+    def keep(self, program: AbstractContextManager[Program]) -> Program:
+        """Start another program, which ends with the network."""
+        return self.running.enter_context(program)
 
 
 @pytest.fixture(scope="session")
@@ -43,20 +49,20 @@ def network(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         *("backend", "--port", str(backend_port), "--allow-private-nodes"),
         *("--database-url", f"sqlite:///{folder / 'backend.sqlite3'}"),
     )
-    with (
-        program(folder, *backend_arguments, url=backend_url) as backend,
-        program(
-            folder,
-            *("serve", "--loras", adapters, "--model", str(tiny_model)),
-            *("--backend-url", backend_url, "--host", "127.0.0.1", "--port", str(node_port)),
-            # as many slots as adapters: stock vLLM then gives base rows the last adapter's weights
-            *("--max-loras", "2"),
-            url=node_url,
-            env={"R3MES_HEARTBEAT_INTERVAL": str(HEARTBEAT_S)},
-        ) as node,
-    ):
+    with ExitStack() as running:
+        backend = running.enter_context(program(folder, *backend_arguments, url=backend_url))
+        node = running.enter_context(
+            program(
+                folder,
+                *("serve", "--loras", adapters, "--model", str(tiny_model)),
+                *("--backend-url", backend_url, "--host", "127.0.0.1", "--port", str(node_port)),
+                # as many slots as adapters: stock vLLM then mixes up the rows
+                *("--max-loras", "2"),
+                url=node_url,
+                env={"R3MES_HEARTBEAT_INTERVAL": str(HEARTBEAT_S)},
+            )
+        )
         backend.wait_for("/health", 30)
         node.wait_for("/ready", NODE_STARTS_S)
-        found = Network(folder, backend, node, backend_arguments)
         wait_until(lambda: "registered with" in node.output(), 20, "the registration")
-        yield found
+        yield Network(folder, backend, node, backend_arguments, running)

@@ -9,7 +9,7 @@ from pathlib import Path
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.store import Lease, Store
-from r3mes_vllm.adapters.vetting import HEADER_RULES, RULES, Adapter, Rule, vet
+from r3mes_vllm.adapters.vetting import HEADER_RULES, LARGEST_RANK, RULES, Adapter, Rule, vet
 from r3mes_vllm.errors import AdapterRefused
 from r3mes_vllm.ipfs import car
 from r3mes_vllm.ipfs.blockstore import BlockStore
@@ -45,7 +45,7 @@ class Supply:
         ipfs_api: str,
         gateways: Sequence[str],
         base: ModelShape | None = None,
-        max_rank: int = 512,
+        max_rank: int = LARGEST_RANK,
         limits: Limits | None = None,
     ) -> None:
         self._store = store

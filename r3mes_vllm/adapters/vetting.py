@@ -23,6 +23,9 @@ from r3mes_vllm.errors import AdapterRefused
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
+LARGEST_RANK = 512
+"""What vLLM serves at most."""
+
 _MAX_CONFIG = 1 << 20
 _MAX_HEADER = 16 << 20
 _CHUNK = 1 << 22
@@ -93,7 +96,7 @@ def vet(
     directory: Path,
     *,
     base: ModelShape | None = None,
-    max_rank: int = 512,
+    max_rank: int = LARGEST_RANK,
     rules: Sequence[Rule] | None = None,
 ) -> Adapter:
     """Check the adapter in `directory` by every rule. Raises AdapterRefused naming the rule."""

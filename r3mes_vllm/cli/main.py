@@ -1,9 +1,10 @@
 """The command `r3mes-vllm`: options in, one line of error out."""
 
+import functools
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, ParamSpec
 
-import click
 import typer
 
 from r3mes_vllm import __version__
@@ -17,9 +18,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
-app.command("backend")(backend.backend)
-app.command("demo")(demo.demo)
+
+P = ParamSpec("P")
+
+
+def _plain(command: Callable[P, None]) -> Callable[P, None]:
+    """Errors that a person can mend become one line and a hint."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except R3mesError as error:
+            if "--debug" in sys.argv:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            if error.hint:
+                typer.echo(f"  try: {error.hint}", err=True)
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+
+    return run
+
+
+app.command("serve", context_settings={"allow_extra_args": True})(_plain(serve.serve))
+app.command("backend")(_plain(backend.backend))
+app.command("demo")(_plain(demo.demo))
 
 
 def _show_version(wanted: bool) -> None:
@@ -40,20 +65,4 @@ def _root(
 
 def main() -> None:
     """Exit status: 0, 1 on failure, 2 on bad usage, 130 on Ctrl-C."""
-    try:
-        status = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        status = 130
-    except KeyboardInterrupt:
-        status = 130
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except R3mesError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"  try: {error.hint}", file=sys.stderr)
-        status = 2 if isinstance(error, ConfigError) else 1
-    sys.exit(status)
+    app()

@@ -1,15 +1,24 @@
 """What vLLM reads from the environment; to be set before anything of vLLM is imported."""
 
 import os
+import warnings
 
 
 def prepare(*, local_model: bool, verbose: bool) -> None:
     """Set what vLLM needs and the operator did not set. vLLM's worker processes inherit it."""
     ours = {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; by default vLLM takes most of the memory
     }
+    if not verbose:
+        # vLLM and torch warn of a dozen things at each start that an operator can't change.
+        ours |= {
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "TORCH_LOGS": "-torch._library.triton",
+            "PYTHONWARNINGS": "ignore",
+        }
+        warnings.simplefilter("ignore")
     if local_model:
         ours["HF_HUB_OFFLINE"] = "1"
     for name, value in ours.items():

@@ -46,11 +46,6 @@ class Sizing:
         return cls(slots, max(slots, len(ranks) + 1), fitting[0])
 
 
-def largest_rank(max_rank: int | None) -> int:
-    """The largest rank an adapter may have on a node started with `--max-lora-rank max_rank`."""
-    return max_rank or _RANKS[-1]
-
-
 def arguments(
     *,
     model: str | Path,
@@ -70,7 +65,8 @@ def arguments(
         *("--max-loras", str(sizing.max_loras)),
         *("--max-cpu-loras", str(sizing.max_cpu_loras)),
         *("--max-lora-rank", str(sizing.max_lora_rank)),
-        *("--shutdown-timeout", "5"),  # seconds; with 0 vLLM kills its processes
+        *("--shutdown-timeout", "15"),  # seconds; with 0 vLLM kills its processes
+        "--no-use-tqdm-on-load",
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "warning"),
         *passed_on,

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm.transformers_utils.config import get_config
-
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.errors import ConfigError
 
@@ -28,6 +26,9 @@ def _config(model: str) -> dict[str, Any]:
             return dict(json.loads(path.read_text()))
         except (OSError, ValueError) as error:
             raise ConfigError(f"--model {model}: can't read {path}: {error}") from error
+    # Only for a hub's model: importing vLLM takes seconds, a mistake should be said before.
+    from vllm.transformers_utils.config import get_config
+
     try:
         config = get_config(model, trust_remote_code=False)
     except Exception as error:

@@ -66,7 +66,7 @@ class BackendClient:
             ) from error
         if not response.is_success:
             raise BackendRefused(
-                f"the backend answered {response.status_code} to {method} {path}: "
+                f"the backend {self.url} answered {response.status_code} to {method} {path}: "
                 f"{response.text[:300]}",
                 answered=response.status_code,
                 retry_after=_seconds(response.headers.get("retry-after")),

@@ -10,10 +10,13 @@ from urllib.parse import urlsplit
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from r3mes_vllm import report
+from r3mes_vllm.adapters.vetting import LARGEST_RANK
 from r3mes_vllm.engine import environment
+from r3mes_vllm.engine.model import served_name, shape_of
 from r3mes_vllm.errors import AdapterError, PortTaken
 from r3mes_vllm.identity import Identity
 from r3mes_vllm.ipfs.fetch import Progress as Fetched
+from r3mes_vllm.node.adapters import obtain_all
 from r3mes_vllm.node.guard import LOOPBACK, refuse_open_door
 from r3mes_vllm.settings import Settings, misspelt
 
@@ -39,21 +42,19 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     report.begin("base model")
     model = _model(settings)
     environment.prepare(local_model=os.path.isdir(model), verbose=verbose)
-    # Only now: importing vLLM takes seconds and reads the environment that was just set.
-    from r3mes_vllm.engine import launch
-    from r3mes_vllm.engine.model import served_name, shape_of
-    from r3mes_vllm.node.adapters import obtain_all
-    from r3mes_vllm.node.app import Interrupted
-
     name = served_name(model)
     base = shape_of(model, name)
     report.done("base model", name)
 
     report.begin("adapters")
-    max_rank = launch.largest_rank(settings.max_lora_rank)
     with _Downloads() as downloads:
         named = asyncio.run(
-            obtain_all(settings, base=base, max_rank=max_rank, progress=downloads.show)
+            obtain_all(
+                settings,
+                base=base,
+                max_rank=settings.max_lora_rank or LARGEST_RANK,
+                progress=downloads.show,
+            )
         )
     if not named:
         raise AdapterError(
@@ -62,6 +63,11 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
         )
     fetched = sum(it.adapter.fetched for it in named)
     report.done("adapters", f"{len(named)} verified, {fetched} of them fetched now")
+
+    report.begin("engine")
+    # Only now: importing vLLM takes seconds, and it reads the environment that was prepared.
+    from r3mes_vllm.engine import launch
+    from r3mes_vllm.node.app import Interrupted
 
     sizing = launch.Sizing.of(
         [it.adapter.facts.rank for it in named],
@@ -78,10 +84,9 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
         sizing=sizing,
         passed_on=passed_on,
     )
-    report.begin(
-        "engine",
-        f"starting with {sizing.max_loras} adapter slots of rank {sizing.max_lora_rank}; "
-        "this takes half a minute",
+    report.say(
+        f"engine: starting with {sizing.max_loras} adapter slots of rank {sizing.max_lora_rank}; "
+        "this takes half a minute"
     )
     launch.run(command_line)
     return Interrupted.seen
@@ -107,7 +112,7 @@ def _model(settings: Settings) -> str:
         return os.path.abspath(settings.model) if os.path.isdir(settings.model) else settings.model
     from r3mes_vllm.engine.base_model import embedded_base_model
 
-    return str(embedded_base_model(settings.cache_dir))
+    return str(embedded_base_model(settings.cache_dir, say=report.say))
 
 
 def _warn_of_uncalled_port(settings: Settings) -> None:

@@ -89,7 +89,9 @@ def without(name: str) -> Callable[[dict[str, Any]], None]:
     return lambda tensors: tensors.pop(name)
 
 
-def with_value(value: float, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]], None]:
+def with_value(
+    value: float, dtype: torch.dtype = torch.float32
+) -> Callable[[dict[str, Any]], None]:
     def change(tensors: dict[str, Any]) -> None:
         poisoned = tensors[Q + "A.weight"].to(dtype)
         poisoned[-1, -1] = value

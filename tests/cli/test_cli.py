@@ -1,0 +1,120 @@
+"""The command as a person types it: exit statuses, one line of error, what to do next."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SEARCHED = ("serve", "backend", "demo")
+
+
+def run(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("R3MES_")}
+    environment |= {"R3MES_STATE_DIR": str(cwd / "state"), "R3MES_CACHE_DIR": str(cwd / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", "r3mes_vllm", *arguments],
+        env=environment | variables,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_version(tmp_path: Path) -> None:
+    found = run("--version", cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "r3mes-vllm 0.1.0\n")
+
+
+@pytest.mark.parametrize("command", SEARCHED)
+def test_help_has_an_example(tmp_path: Path, command: str) -> None:
+    found = run(command, "--help", cwd=tmp_path)
+    assert found.returncode == 0
+    assert f"Example: r3mes-vllm {command}" in found.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nothing",),
+        ("serve", "--nothing"),
+        ("serve", "--port", "http"),
+        ("serve", "--port", "99999"),
+        ("serve", "--cache-size", "lots"),
+        ("serve", "--config", "absent.toml"),
+        ("serve",),  # beyond loopback without a key
+    ],
+)
+def test_bad_usage_is_status_2_and_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    found = run(*arguments, cwd=tmp_path)
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+    assert "rror" in found.stderr
+
+
+def serve(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        *("serve", "--host", "127.0.0.1", "--backend-url", "http://127.0.0.1:9", *arguments),
+        cwd=tmp_path,
+        **variables,
+    )
+
+
+def test_a_taken_port_is_said_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = serve(tmp_path, "--port", str(port))
+    assert found.returncode == 1
+    assert str(port) in found.stderr
+    assert f"--port {port + 1}" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("loras", "said"),
+    [
+        ("nobody", "no adapter named 'nobody'"),
+        ("x=bafynothing", "neither a file nor a CID"),
+        ("a b=bafkqaaa", "can't be an adapter's name"),
+        ("x=bafkqaaa,x=bafkqaaa", "twice"),
+        ("x=absent.car", "neither a file nor a CID"),
+    ],
+)
+def test_an_adapter_that_means_nothing(
+    tmp_path: Path, tiny_model: Path, loras: str, said: str
+) -> None:
+    found = serve(tmp_path, "--model", str(tiny_model), "--loras", loras)
+    assert found.returncode in (1, 2)
+    assert said in found.stderr
+    assert "try:" in found.stderr or "known" in found.stderr or "twice" in said or "name" in said
+    assert "Traceback" not in found.stderr
+
+
+def test_an_adapter_that_may_not_be_served_is_named_with_the_rule(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    (folder / "adapter_config.json").write_text("{}")
+    found = serve(tmp_path, "--model", str(tiny_model), "--loras", f"x={folder}")
+    assert found.returncode == 1
+    assert "adapter_model.safetensors" in found.stderr
+    assert "none of the adapters can be served" in found.stderr
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    found = serve(tmp_path, "--model", str(tmp_path / "empty"))
+    assert found.returncode == 2
+    assert "config.json" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_misspelt_variable_is_reported(tmp_path: Path, tiny_model: Path) -> None:
+    found = serve(
+        tmp_path, "--model", str(tiny_model), "--loras", "nobody", R3MES_HEARTBEAT_INTERVALL="5"
+    )
+    assert "did you mean R3MES_HEARTBEAT_INTERVAL?" in found.stderr
