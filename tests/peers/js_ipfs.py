@@ -1,0 +1,142 @@
+"""The real js-ipfs daemon: another implementation to publish to and fetch from.
+
+Installed once by npm into the user's cache; started on loopback without any peers.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import platformdirs
+import pytest
+
+from tests.programs import free_port, wait_until
+
+_PACKAGE = Path(__file__).parent / "js-ipfs"
+_CLI = "node_modules/ipfs/src/cli.js"
+
+
+@dataclass
+class JsIpfs:
+    api: str
+    """URL of its RPC."""
+
+    def add(self, directory: Path) -> str:
+        """The CID (base32) of `directory`, added as `ipfs add -r --cid-version=1` does."""
+        files = [
+            ("file", (str(path.relative_to(directory.parent)), path.read_bytes()))
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
+        ]
+        answer = httpx.post(
+            f"{self.api}/api/v0/add",
+            params={
+                "cid-version": "1",
+                "raw-leaves": "true",
+                "chunker": "size-262144",
+                "cid-base": "base32",
+                "pin": "false",
+            },
+            files=files,
+            timeout=120,
+        )
+        answer.raise_for_status()
+        added = [json.loads(line) for line in answer.text.splitlines()]
+        return next(str(it["Hash"]) for it in added if it["Name"] == directory.name)
+
+
+@pytest.fixture(scope="session")
+def js_ipfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JsIpfs]:
+    package = _installed()
+    repository = tmp_path_factory.mktemp("js-ipfs")
+    environment = {**os.environ, "IPFS_PATH": str(repository)}
+    command = ["node", str(package / _CLI)]
+    subprocess.run(
+        [*command, "init", "--profile", "test", "--empty-repo"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    api = f"http://127.0.0.1:{_configure(repository / 'config')}"
+    log = repository / "daemon.log"
+    with log.open("wb") as file:
+        daemon = subprocess.Popen(
+            [*command, "daemon"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until(
+            lambda: httpx.post(f"{api}/api/v0/version").is_success, 60, f"js-ipfs, see {log}"
+        )
+        yield JsIpfs(api)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(daemon.pid, signal.SIGTERM)
+        try:
+            daemon.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(daemon.pid, signal.SIGKILL)
+            daemon.wait()
+
+
+def _installed() -> Path:
+    if not shutil.which("npm"):
+        pytest.fail("the tests need Node.js and npm: apt-get install nodejs npm")
+    lock_file = (_PACKAGE / "package-lock.json").read_bytes()
+    cache = Path(platformdirs.user_cache_dir("r3mes-vllm-tests"))
+    package = cache / f"js-ipfs-{hashlib.sha256(lock_file).hexdigest()[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "js-ipfs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not package.is_dir():
+            aside = cache / "js-ipfs-installing"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(_PACKAGE, aside)
+            done = subprocess.run(
+                ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
+                cwd=aside,
+                capture_output=True,
+                text=True,
+                timeout=900,
+            )
+            if done.returncode:
+                pytest.fail(f"npm could not install js-ipfs: {done.stderr[-2000:]}")
+            aside.rename(package)
+    return package
+
+
+def _configure(path: Path) -> int:
+    """Loopback only, no discovery, no other peers; the port of the RPC."""
+    config = json.loads(path.read_text())
+    api = free_port()
+    config["Addresses"].update(
+        Swarm=[f"/ip4/127.0.0.1/tcp/{free_port()}"],
+        API=f"/ip4/127.0.0.1/tcp/{api}",
+        Gateway=f"/ip4/127.0.0.1/tcp/{free_port()}",
+        RPC="/ip4/127.0.0.1/tcp/0",
+        Delegates=[],
+    )
+    config["Bootstrap"] = []
+    config["Discovery"] = {
+        "MDNS": {"Enabled": False, "Interval": 10},
+        "webRTCStar": {"Enabled": False},
+    }
+    config["Routing"] = {"Type": "none"}
+    config["Swarm"]["DisableNatPortMap"] = True
+    config["Pubsub"] = {"Enabled": False}
+    path.write_text(json.dumps(config))
+    return api
