@@ -10,7 +10,7 @@ import pytest
 from tests import tiny
 from tests.programs import Program, free_port, program, wait_until
 
-pytest_plugins: list[str] = []
+pytest_plugins = ["tests.peers.js_ipfs"]
 
 NODE_STARTS_S = 180
 HEARTBEAT_S = 1.0

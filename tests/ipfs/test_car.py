@@ -1,0 +1,138 @@
+"""The CAR reader against `ipfsspec` as oracle, and against broken streams."""
+
+import io
+from pathlib import Path
+
+import ipfsspec.car
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r3mes_vllm.errors import BadCAR, BlockMismatch
+from r3mes_vllm.ipfs import car, varint
+from r3mes_vllm.ipfs.car import CarReader
+from r3mes_vllm.ipfs.cid import CID, RAW
+
+BLOCKS = [(CID.of(RAW, data), data) for data in (b"", b"one", b"two" * 1000, b"\x00" * 70000)]
+ROOT = BLOCKS[1][0]
+
+
+def written(blocks: list[car.Block] = BLOCKS) -> bytes:
+    file = io.BytesIO()
+    car.write(file, ROOT, blocks)
+    return file.getvalue()
+
+
+CAR = written()
+HEADER = len(written([]))
+
+
+def read(data: bytes, step: int = 1 << 16) -> list[car.Block]:
+    reader = CarReader("sender")
+    found = []
+    for at in range(0, len(data), step):
+        found += reader.feed(data[at : at + step])
+    reader.close()
+    assert reader.roots == (ROOT,)
+    return found
+
+
+def test_another_reader_reads_what_is_written() -> None:
+    roots, blocks = ipfsspec.car.read_car(io.BytesIO(CAR))
+    assert [bytes(root) for root in roots] == [bytes(ROOT)]
+    assert [(bytes(cid), data) for cid, data, _ in blocks] == [(bytes(c), d) for c, d in BLOCKS]
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 1000, 1 << 20])
+def test_the_stream_may_be_cut_anywhere_into_parts(step: int) -> None:
+    assert read(CAR, step) == BLOCKS
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200))
+def test_a_stream_that_ends_early_is_an_error(kept: int) -> None:
+    whole = written(BLOCKS[:2])
+    ends = {HEADER, len(written(BLOCKS[:1])), len(whole)}
+    kept = min(kept, len(whole))
+    if kept in ends:
+        read(whole[:kept])  # cleanly cut between blocks: only the walk from the root can tell
+    else:
+        with pytest.raises(BadCAR, match="sender"):
+            read(whole[:kept])
+
+
+@given(st.integers(0, len(written(BLOCKS[:3])) * 8 - 1))
+def test_a_flipped_bit_is_never_taken_for_the_block(bit: int) -> None:
+    data = bytearray(written(BLOCKS[:3]))
+    data[bit // 8] ^= 1 << bit % 8
+    try:
+        found = read(bytes(data))
+    except (BadCAR, BlockMismatch, AssertionError):
+        return
+    assert all(cid.matches(block) for cid, block in found)
+
+
+def test_with_the_check_off_a_flipped_bit_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CID, "matches", lambda self, data: True)
+    assert read(CAR[:-1] + b"\x01")[-1][1] != BLOCKS[-1][1]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        b"\x00",  # of no length
+        varint.encode((2 << 20) + 1000),
+        b"\xff" * 9,
+        varint.encode(3) + b"\x01\x55\x12",  # a CID cut short
+        varint.encode(38) + b"\x01\x71\x12\x20" + b"a" * 34,  # of dag-cbor
+    ],
+)
+def test_a_section_that_breaks_the_rules_is_refused(section: bytes) -> None:
+    with pytest.raises(BadCAR, match="sender"):
+        read(CAR[:HEADER] + section)
+
+
+def test_bytes_that_are_another_blocks_are_refused() -> None:
+    swapped = [(BLOCKS[1][0], BLOCKS[2][1])]
+    with pytest.raises(BlockMismatch, match=f"sender.*{BLOCKS[1][0]}"):
+        read(written(swapped))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xa0",
+        b"\xa1gversion\x01",
+        b"\xa2eroots\x80gversion\x02",
+        b"\xa2eroots\x81\x01gversion\x01",
+        b"\xa1" * 60,
+        b"\x81" * 60,
+        b"\x9b" + b"\xff" * 8,
+        b"\x5f",
+        b"<!DOCTYPE html>",
+    ],
+)
+def test_a_header_that_is_no_cars_is_refused(header: bytes) -> None:
+    with pytest.raises(BadCAR):
+        CarReader("sender").feed(varint.encode(len(header)) + header)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_car_or_refused(data: bytes) -> None:
+    reader = CarReader("sender")
+    try:
+        reader.feed(data)
+        reader.close()
+    except (BadCAR, BlockMismatch):
+        return
+
+
+def test_the_root_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.car"
+    path.write_bytes(CAR)
+    assert car.root_of(path) == ROOT
+    assert list(car.read_file(path)) == BLOCKS
+    for broken in (b"", b"not a car", CAR[:10]):
+        path.write_bytes(broken)
+        with pytest.raises(BadCAR):
+            car.root_of(path)
