@@ -1,0 +1,67 @@
+"""What README and docs promise is there."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from r3mes_vllm.settings import Settings
+from tests.conftest import Network
+
+ROOT = Path(__file__).parent.parent
+NODE_DOC = (ROOT / "docs" / "node.md").read_text()
+
+
+def test_the_readmes_program_runs(network: Network) -> None:
+    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert program
+    code = program[1].replace("http://127.0.0.1:8000", network.backend.url)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("page", ["node", "backend"])
+def test_every_option_in_the_docs_is_the_commands(page: str) -> None:
+    command = {"node": "serve", "backend": "backend"}[page]
+    help_text = subprocess.run(
+        [sys.executable, "-m", "r3mes_vllm", command, "--help"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "200"},
+    ).stdout
+    elsewhere = {"--help", "--debug", "--open-chat", "--max-model-len"}
+    offered = set(re.findall(r"--[a-z][a-z-]+", help_text)) - elsewhere
+    documented = (ROOT / "docs" / f"{page}.md").read_text().split("## Under plain")[0]
+    named = set(re.findall(r"--[a-z][a-z-]+", documented)) - elsewhere
+    assert named <= offered
+    if page == "node":
+        assert offered <= named | {"--config"}
+
+
+def test_every_setting_in_the_docs_exists() -> None:
+    table = NODE_DOC.split("## Settings")[1].split("## Adapters")[0]
+    variables = {name.lower() for name in re.findall(r"`R3MES_([A-Z_]+)`", table)}
+    assert variables <= set(Settings.model_fields)
+
+
+def test_each_dependency_has_its_line() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    for requirement in requirements:
+        name = re.split(r"[\[<>=]", requirement)[0]
+        assert name in page or name == "r3mes-vllm"
+
+
+def test_nothing_built_for_cuda_is_beside_the_cpu_build() -> None:
+    if "+cpu" not in torch.__version__:
+        return
+    installed = {it.metadata["Name"] for it in metadata.distributions()}
+    assert not installed & {"torchvision", "torchaudio", "torchcodec", "triton"}
