@@ -24,7 +24,8 @@ install() { # pip install ARGUMENTS, counting the packages
   pip=$!
   trap 'kill $pip; exit 130' INT TERM
   while kill -0 $pip 2>/dev/null; do
-    [ ! -t 1 ] || printf '\r  %s of %s packages' "$(grep -c '^Collecting' $log)" "$total"
+    [ ! -t 1 ] || printf '\r  %s packages: %s fetched, %s installed' "$total" \
+      "$(grep -cE '^(Collecting|Processing)' $log)" "$(find .venv/lib -name '*.dist-info' | wc -l)"
     sleep 1
   done
   [ ! -t 1 ] || printf '\r\033[K'

@@ -4,7 +4,6 @@ The catalog of the last run lies in `STATE_DIR/catalog.json`, so that a node sta
 adapters it knows while the backend is away.
 """
 
-import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from r3mes_vllm import choice
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.errors import BadCID, ConfigError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
@@ -142,18 +142,4 @@ def _policy(text: str) -> Policy:
     if text.startswith("category:"):
         category = text.removeprefix("category:")
         return lambda loras: [lora for lora in loras if lora.category == category]
-    return cast(Policy, load_import_path(text))
-
-
-def load_import_path(text: str) -> Callable[..., object]:
-    """`module:function` → the function. Raises ConfigError."""
-    module, _, name = text.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"can't import {text!r}: {error}", hint="give it as package.module:function"
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"{text!r} is not a function")
-    return cast("Callable[..., object]", function)
+    return cast(Policy, choice.load(text))

@@ -1,40 +1,21 @@
 """Which adapter answers a `/chat` message that names none."""
 
-import importlib
-from collections.abc import Callable, Sequence
+from typing import cast
 
-from r3mes_vllm.errors import ConfigError
+from r3mes_vllm import choice
+from r3mes_vllm.choice import Policy
 from r3mes_vllm.settings import ChatSettings
 from r3mes_vllm.wire import ChatRequest
 
-Policy = Callable[[str, list[str]], str | None]
-"""`(message, adapters with a live holder) -> one of them`, or None: the node may choose."""
-
 
 def policy(settings: ChatSettings) -> Policy:
-    """The policy that `settings` name. Raises ConfigError if its import path leads nowhere."""
+    """The policy that `settings` name; where it chooses none, the node may.
+
+    Raises ConfigError if its import path leads nowhere.
+    """
     if settings.policy is None:
-        return lambda message, adapters: by_keyword(message, adapters, settings.keywords)
-    module, _, function = settings.policy.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"chat.policy: can't import {settings.policy!r}: {error}", hint="write module:function"
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"chat.policy: {settings.policy!r} is not callable")
-    chosen: Policy = found
-    return chosen
-
-
-def by_keyword(message: str, adapters: Sequence[str], keywords: dict[str, list[str]]) -> str | None:
-    """The first adapter of the table that is among `adapters` and has a word in `message`."""
-    lowered = message.lower()
-    for name, words in keywords.items():
-        if name in adapters and any(word in lowered for word in words):
-            return name
-    return None
+        return choice.by_keywords(settings)
+    return cast(Policy, choice.load(settings.policy))
 
 
 def question(ask: ChatRequest) -> str:

@@ -11,7 +11,7 @@ import uvicorn
 from r3mes_vllm.backend.app import create_app
 from r3mes_vllm.backend.keys import client_keys
 from r3mes_vllm.backend.registry import Registry
-from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.errors import ConfigError, PortTaken, R3mesError
 from r3mes_vllm.settings import Settings
 
 _GRACE_S = 10
@@ -23,7 +23,7 @@ _BACKLOG = 2048
 def run(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM, which is raised again once all is closed.
 
-    Raises ConfigError before anything is served: port taken, database not there, bad settings.
+    Raises PortTaken or ConfigError before anything is served: no database, bad settings.
     """
     asyncio.run(serve(settings))
 
@@ -54,7 +54,7 @@ async def serve(settings: Settings) -> None:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on every address of `host`. Raises ConfigError."""
+    """Listening sockets on every address of `host`. Raises PortTaken or ConfigError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -113,10 +113,10 @@ class _Announced(uvicorn.Server):
             print(self._line, flush=True)
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+def _cannot_listen(host: str, port: int, error: OSError) -> R3mesError:
     if error.errno == errno.EADDRINUSE:
-        return ConfigError(
-            f"port {port} is in use", hint="stop what uses it, or pass another --port"
+        return PortTaken(
+            f"port {port} is in use", hint=f"stop what uses it, or pass --port {port + 1}"
         )
     return ConfigError(
         f"can't listen on {host}:{port}: {error.strerror}", hint="check --host and --port"

@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 
 from r3mes_vllm import __version__, report, settings
-from r3mes_vllm.adapters.catalog import load_import_path
 from r3mes_vllm.engine.canary import Canary
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.model import shape_of
@@ -21,7 +20,7 @@ from r3mes_vllm.identity import Identity
 from r3mes_vllm.node import chat, health
 from r3mes_vllm.node.adapters import Named, obtain_all
 from r3mes_vllm.node.backend_client import BackendClient
-from r3mes_vllm.node.choice import Policy, by_keywords
+from r3mes_vllm.node.choice import policy
 from r3mes_vllm.node.guard import Guard
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.node.load import InFlight
@@ -36,7 +35,7 @@ class Node:
         self.settings = settings
         self.host = host
         self.canary = canary
-        self.policy = _policy(settings)
+        self.policy = policy(settings.chat)
         self._held = held  # the leases end with the node
 
     def describe(self) -> RegisterNode:
@@ -142,9 +141,3 @@ class Interrupted:
 def _address(settings: Settings) -> str:
     host = settings.serving_node_host
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.serving_node_port}"
-
-
-def _policy(settings: Settings) -> Policy:
-    if settings.chat.policy:
-        return load_import_path(settings.chat.policy)  # type: ignore[return-value]
-    return by_keywords(settings.chat.keywords)

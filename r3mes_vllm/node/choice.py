@@ -1,23 +1,26 @@
 """Which adapter answers a message that names none: the way the existing network chooses."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import cast
+
+from r3mes_vllm import choice
+from r3mes_vllm.choice import Policy
+from r3mes_vllm.settings import ChatSettings
 
 GENERAL = "general"
 
-Policy = Callable[[str, Sequence[str]], str | None]
 
+def policy(settings: ChatSettings) -> Policy:
+    """By keyword; else `general`; else the first adapter. An import path replaces all of it.
 
-def by_keywords(keywords: Mapping[str, Sequence[str]]) -> Policy:
-    """The first entry of the table with a word in the lower-cased message, of those served here;
-    else `general`; else the first adapter."""
+    Raises ConfigError if the path leads nowhere.
+    """
+    if settings.policy is not None:
+        return cast(Policy, choice.load(settings.policy))
+    by_keywords = choice.by_keywords(settings)
 
     def choose(message: str, served: Sequence[str]) -> str | None:
-        lowered = message.lower()
-        for name, words in keywords.items():
-            if name in served and any(word in lowered for word in words):
-                return name
-        if GENERAL in served:
-            return GENERAL
-        return served[0] if served else None
+        last = GENERAL if GENERAL in served else served[0] if served else None
+        return by_keywords(message, served) or last
 
     return choose

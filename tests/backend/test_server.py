@@ -17,7 +17,7 @@ import pytest
 from r3mes_vllm.backend.database import database_url
 from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.backend.server import listen, run, warnings
-from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.errors import ConfigError, PortTaken
 from r3mes_vllm.settings import load
 from tests.backend.stand_ins import unused_port
 
@@ -67,7 +67,7 @@ def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         settings = load({"backend_port": port, "database_url": f"sqlite:///{tmp_path}/b.sqlite3"})
-        with pytest.raises(ConfigError, match=f"port {port} is in use") as caught:
+        with pytest.raises(PortTaken, match=f"port {port} is in use") as caught:
             run(settings)
     assert "--port" in caught.value.hint
 
