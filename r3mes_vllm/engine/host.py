@@ -69,7 +69,10 @@ class Host:
             raise EngineError(
                 f"the engine did not load adapter {name!r} within {LOAD_TIMEOUT_S:.0f} s"
             ) from error
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
+            if self._engine.errored:
+                raise EngineError(f"the engine died while it loaded {name!r}: {error}") from error
+            # vLLM's client raises plain Exception with the text of whatever its process raised
             raise AdapterRefused("engine", f"the engine can't load {name!r}: {error}") from error
         if not loaded:
             raise AdapterRefused("engine", f"the engine can't load {name!r}")

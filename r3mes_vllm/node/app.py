@@ -15,7 +15,7 @@ from r3mes_vllm import __version__, report, settings
 from r3mes_vllm.engine.canary import Canary
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.model import shape_of
-from r3mes_vllm.errors import EngineError
+from r3mes_vllm.errors import AdapterRefused, EngineError
 from r3mes_vllm.identity import Identity
 from r3mes_vllm.node import chat, health
 from r3mes_vllm.node.adapters import Named, obtain_all
@@ -37,14 +37,12 @@ class Node:
         self.canary = canary
         self.policy = policy(settings.chat)
         self._held = held  # the leases end with the node
+        self._wallet = settings.wallet_address or Identity.load(settings.state_dir).wallet_address
 
     def describe(self) -> RegisterNode:
-        wallet = (
-            self.settings.wallet_address or Identity.load(self.settings.state_dir).wallet_address
-        )
         adapters = {hosted.name: hosted.cid for hosted in self.host.adapters}
         return RegisterNode(
-            wallet_address=wallet,
+            wallet_address=self._wallet,
             endpoint_url=self.settings.public_url,
             available_lora_list=list(adapters),
             adapters=adapters,
@@ -84,13 +82,7 @@ class NodeEndpoints:
             max_rank=args.max_lora_rank,
         )
         for it in named:
-            await host.add(
-                it.name,
-                str(it.adapter.cid),
-                it.adapter.path,
-                rank=it.adapter.facts.rank,
-                size=it.adapter.facts.size,
-            )
+            await _add(host, it)
         canary = Canary(engine_client)
         if (trouble := await canary.trouble()) is not None:
             raise EngineError(trouble)
@@ -110,6 +102,7 @@ class NodeEndpoints:
                 self._settings.heartbeat_interval,
             )
             task = asyncio.create_task(_open(app, self._settings, registration), name="network")
+            task.add_done_callback(_say_why)
             try:
                 yield
             finally:
@@ -117,6 +110,26 @@ class NodeEndpoints:
                 with suppress(asyncio.CancelledError):
                     await task
                 await registration.goodbye()
+
+
+async def _add(host: Host, it: Named) -> None:
+    """One adapter that the engine will not load is a warning: the node serves the others."""
+    adapter = it.adapter
+    try:
+        await host.add(
+            it.name,
+            str(adapter.cid),
+            adapter.path,
+            rank=adapter.facts.rank,
+            size=adapter.facts.size,
+        )
+    except AdapterRefused as error:
+        report.warn(f"adapter {it.name!r} is left out: {error}")
+
+
+def _say_why(network: asyncio.Task[None]) -> None:
+    if not network.cancelled() and (error := network.exception()):
+        report.warn(f"the node sends no more heartbeats: {error!r}; restart it")
 
 
 async def _open(app: FastAPI, settings: Settings, registration: Registration) -> None:
