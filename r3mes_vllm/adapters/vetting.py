@@ -52,7 +52,6 @@ _REFUSED_FEATURES = (
     "use_qalora",
     "megatron_config",
     "target_parameters",
-    "exclude_modules",
 )
 
 _HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
