@@ -8,8 +8,7 @@ close is the only end there is: a reverse proxy in front must speak 1.1 to this 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 import httpx
 from starlette.responses import Response
@@ -18,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from r3mes_vllm.backend.dial import Beginning, Dialler, Outgoing, Timeouts
 from r3mes_vllm.backend.headers import to_client
 from r3mes_vllm.backend.metrics import Metrics
+from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.wire import Node
 
 log = logging.getLogger(__name__)
@@ -82,22 +82,3 @@ class Relay(Response):
                 yield piece
             async with asyncio.timeout(self._timeouts.between_bytes):
                 piece = await anext(beginning.rest, None)
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`, and cancel it as soon as the client is gone. The request's body must have been
-    read, so that `receive` has nothing more to say than that."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-    if not working.cancelled():
-        working.result()

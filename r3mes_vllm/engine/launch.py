@@ -12,7 +12,7 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.errors import ConfigError, EngineError
 
 _RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 _MOST_SLOTS = 32
@@ -73,18 +73,22 @@ def arguments(
     ]
 
 
-def check(command_line: Sequence[str]) -> None:
-    """Let vLLM's parser refuse bad options before minutes go into fetching."""
-    validate_parsed_serve_args(_parser().parse_args(list(command_line)))
-
-
 def run(command_line: Sequence[str]) -> None:
-    """Serve until a signal comes; the port is closed and the engine gone on return."""
+    """Serve until a signal comes; the port is closed and the engine gone on return.
+
+    Raises EngineError with vLLM's own words if it will not start.
+    """
     cli_env_setup()
     args = _parser().parse_args(list(command_line))
     configure_logging_from_args(args)
-    validate_parsed_serve_args(args)
-    ServeSubcommand.cmd(args)
+    try:
+        validate_parsed_serve_args(args)
+        ServeSubcommand.cmd(args)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise EngineError(
+            f"vLLM did not start: {error}",
+            hint="r3mes-vllm --debug serve ... shows its own log; its options come after --",
+        ) from error
 
 
 def _parser() -> FlexibleArgumentParser:

@@ -1,6 +1,5 @@
 """`POST /chat`: the existing network's way to ask, answered by vLLM's chat handler."""
 
-import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.engine.answer import Piece, answer
 from r3mes_vllm.engine.host import Hosted
 from r3mes_vllm.errors import BadRequest, EngineError, R3mesError, UnknownAdapter
@@ -63,17 +63,7 @@ class HeldAnswer(Response):
         self._body = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._send(scope, receive, send))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-        if not work.cancelled():
-            work.result()
+        await while_connected(receive, self._send(scope, receive, send))
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -101,11 +91,6 @@ class HeldAnswer(Response):
             await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _text(pieces: AsyncIterator[Piece]) -> AsyncGenerator[str, None]:

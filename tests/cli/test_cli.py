@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 SEARCHED = ("serve", "backend", "demo")
 
 
@@ -110,6 +112,24 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     found = serve(tmp_path, "--model", str(tmp_path / "empty"))
     assert found.returncode == 2
     assert "config.json" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("passed_on", "status", "said"),
+    [
+        (("--no-such-option",), 2, "unrecognized arguments: --no-such-option"),
+        (("--max-model-len", "99999999"), 1, "vLLM did not start: "),
+    ],
+)
+def test_what_vllm_refuses_is_said_in_its_words(
+    tmp_path: Path, tiny_model: Path, passed_on: tuple[str, ...], status: int, said: str
+) -> None:
+    tiny.make_adapter(tmp_path / "legal", seed=0)
+    options = ("--model", str(tiny_model), "--loras", f"legal={tmp_path / 'legal'}")
+    found = serve(tmp_path, *options, "--", *passed_on)
+    assert found.returncode == status, found.stderr
+    assert said in found.stderr
     assert "Traceback" not in found.stderr
 
 
