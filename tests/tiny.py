@@ -49,6 +49,9 @@ def make_model(directory: Path) -> Path:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    # vLLM samples by it where a request says nothing: a random first token may be the last
+    defaults = {"temperature": 0.0, "eos_token_id": fast.eos_token_id}
+    (directory / "generation_config.json").write_text(json.dumps(defaults))
     return directory
 
 
