@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,32 +222,6 @@ class TestChat:
     @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"message": "\\ud800"}'])
     def test_a_body_that_is_no_json_object_is_400(self, network: Network, body: bytes) -> None:
         assert httpx.post(f"{network.node.url}/chat", content=body).status_code == 400
-
-    def endless(self, network: Network) -> dict[str, object]:
-        """A request whose answer ends only at its limit of tokens."""
-        for number in range(50):
-            body = {"message": f"say {number}", "temperature": 0, "max_tokens": 900}
-            answer = httpx.post(
-                f"{network.node.url}/chat", json=body | {"stream": False}, timeout=60
-            )
-            if answer.is_success and answer.json()["finish_reason"] == "length":
-                return body
-        raise AssertionError("every answer ended early")
-
-    def test_a_client_that_leaves_frees_the_engine(self, network: Network) -> None:
-        def running() -> float:
-            metrics = httpx.get(f"{network.node.url}/metrics").text.splitlines()
-            line = next(it for it in metrics if it.startswith("vllm:num_requests_running"))
-            return float(line.rpartition(" ")[2])
-
-        body = json.dumps(self.endless(network))
-        host = httpx.URL(network.node.url)
-        with socket.create_connection((host.host, host.port or 0)) as connection:
-            head = f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall((head + body).encode())
-            assert connection.recv(200).startswith(b"HTTP/1.1 200")
-            wait_until(lambda: running() > 0, 5, "the request to run")
-        wait_until(lambda: running() == 0, 5, "the request to end")
 
 
 class TestDoors:
