@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -222,6 +224,40 @@ class TestChat:
     @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"message": "\\ud800"}'])
     def test_a_body_that_is_no_json_object_is_400(self, network: Network, body: bytes) -> None:
         assert httpx.post(f"{network.node.url}/chat", content=body).status_code == 400
+
+    def endless(self, network: Network) -> dict[str, Any]:
+        """A request whose answer, text all the way, ends only at its limit of tokens."""
+        for number in range(50):
+            body: dict[str, Any] = {
+                "message": f"say {number}",
+                "temperature": 0,
+                "max_tokens": 900,
+            }
+            answer = httpx.post(
+                f"{network.node.url}/chat", json=body | {"stream": False}, timeout=60
+            )
+            if not answer.is_success or answer.json()["finish_reason"] != "length":
+                continue
+            if len(answer.json()["response"]) > 400:
+                return body
+        raise AssertionError("every answer ended early")
+
+    def test_a_client_that_leaves_frees_the_engine(self, network: Network) -> None:
+        def metric(name: str) -> float:
+            lines = httpx.get(f"{network.node.url}/metrics").text.splitlines()
+            line = next(it for it in lines if it.startswith(f"vllm:{name}{{"))
+            return float(line.rpartition(" ")[2])
+
+        asked = self.endless(network)
+        body = json.dumps(asked)
+        before = metric("generation_tokens_total")
+        host = httpx.URL(network.node.url)
+        with socket.create_connection((host.host, host.port or 0)) as connection:
+            head = f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall((head + body).encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: metric("num_requests_running") == 0, 5, "the request to end")
+        assert 0 < metric("generation_tokens_total") - before < asked["max_tokens"]
 
 
 class TestDoors:
