@@ -9,9 +9,12 @@
     │   ├── BlockMismatch     bytes that don't hash to the CID they were asked by
     │   ├── BadCAR            a CAR stream that breaks its specification
     │   ├── BadDAG            a verified block that is not valid dag-pb or UnixFS
+    │   ├── BadArchive        a .tar, .tar.gz or .zip that may not be unpacked
     │   ├── ContentTooLarge   more bytes, files or levels than the limits allow
     │   ├── SourceFailed      one source failed: unreachable, timed out, ended early
+    │   │   └── SourceBusy    it asked for a pause
     │   └── ContentNotFound   no source had it
+    ├── StorageFull           the disk or the cache's quota has no room
     ├── AdapterError
     │   ├── UnknownAdapter    nobody knows an adapter of that name
     │   ├── AdapterRefused    vetting refused it; `rule` says which rule
@@ -80,6 +83,11 @@ class BadDAG(IpfsError):
     status = 422
 
 
+class BadArchive(IpfsError):
+    code = "bad_archive"
+    status = 422
+
+
 class ContentTooLarge(IpfsError):
     code = "content_too_large"
     status = 422
@@ -89,8 +97,23 @@ class SourceFailed(IpfsError):
     code = "source_failed"
 
 
+class SourceBusy(SourceFailed):
+    """Ask again after `retry_after` seconds."""
+
+    code = "source_busy"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class ContentNotFound(IpfsError):
     code = "content_not_found"
+
+
+class StorageFull(R3mesError):
+    code = "storage_full"
+    status = 507
 
 
 class AdapterError(R3mesError):

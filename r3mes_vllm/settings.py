@@ -79,6 +79,21 @@ class Settings(BaseSettings):
     cache_dir: Path = Path(platformdirs.user_cache_dir("r3mes-vllm"))
     cache_size: int = Field(50 << 30, ge=1 << 20)
     """Bytes; `20G` and the like are understood."""
+    ipfs_blocks: Annotated[list[Path], NoDecode] = []
+    """Folders of blocks, such as `~/.ipfs/blocks` of a Kubo that isn't running."""
+    ipfs_pin: bool = False
+    """Pin what is fetched on the IPFS daemon."""
+    adapter_bytes: int = Field(4 << 30, ge=1)
+    """Of one adapter, with all that comes with it; `4G` and the like are understood."""
+    adapter_files: int = Field(1000, ge=1)
+    adapter_depth: int = Field(16, ge=1)
+    adapter_name_length: int = Field(255, ge=1, le=255)
+    fetch_stall: float = Field(30.0, gt=0)
+    """Seconds without progress after which a source has failed."""
+    fetch_timeout: float = Field(1800.0, gt=0)
+    """Seconds in all."""
+    fetches_at_once: int = Field(4, ge=1)
+    fetches_waiting: int = Field(256, ge=1)
     state_dir: Path = Path(platformdirs.user_state_dir("r3mes-vllm"))
 
     # backend
@@ -92,14 +107,14 @@ class Settings(BaseSettings):
     allow_private_nodes: bool = False
     require_signatures: bool = False
 
-    @field_validator("loras", "ipfs_gateways", "api_keys", mode="before")
+    @field_validator("loras", "ipfs_gateways", "ipfs_blocks", "api_keys", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
-    @field_validator("cache_size", mode="before")
+    @field_validator("cache_size", "adapter_bytes", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value

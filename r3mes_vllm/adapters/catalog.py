@@ -17,6 +17,7 @@ from r3mes_vllm import choice
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.errors import BadCID, ConfigError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
+from r3mes_vllm.ipfs.path import IpfsPath
 from r3mes_vllm.wire import AdapterName, Lora
 
 _NAME = TypeAdapter(AdapterName)
@@ -25,10 +26,11 @@ _FILE = "catalog.json"
 
 @dataclass(frozen=True)
 class Wanted:
-    """An adapter to serve: by `cid`, or, without one, in a local directory or CAR at `source`."""
+    """An adapter to serve: `where` in IPFS, or, without that, in a local directory or CAR at
+    `source`."""
 
     name: str
-    cid: CID | None
+    where: IpfsPath | None
     source: Path = Path()
 
 
@@ -62,6 +64,33 @@ class Catalog:
                 wanted[one.name] = one
         return list(wanted.values())
 
+    def find(self, what: str) -> Wanted:
+        """One adapter: a file or a folder, a CID with or without a path below it, or a name.
+
+        Raises UnknownAdapter or ConfigError.
+        """
+        if (path := Path(what).expanduser()).exists():
+            return Wanted(path.name, None, path.absolute())
+        try:
+            return Wanted(what, IpfsPath.parse(what))
+        except BadCID:
+            return self._by_name(checked_name(what))
+
+    @staticmethod
+    def is_place(what: str) -> bool:
+        """Whether `find` needs no registry."""
+        try:
+            return Path(what).expanduser().exists() or bool(IpfsPath.parse(what))
+        except BadCID:
+            return False
+
+    def names(self) -> dict[str, list[str]]:
+        """CID → the names under which it is known."""
+        found: dict[str, list[str]] = {}
+        for name, where in sorted({**shipped.cids(), **self._known}.items()):
+            found.setdefault(where, []).append(name)
+        return found
+
     def remember(self, wanted: Mapping[str, CID]) -> None:
         """Keep these names for the next start. A state directory that can't be written is no
         reason not to serve."""
@@ -79,11 +108,11 @@ class Catalog:
             return self._chosen(item)
         name, equals, value = item.partition("=")
         if not equals:
-            return [self._by_name(_checked(name))]
+            return [self._by_name(checked_name(name))]
         if os.path.exists(os.path.expanduser(value)):
-            return [Wanted(_checked(name), None, Path(value).expanduser().absolute())]
+            return [Wanted(checked_name(name), None, Path(value).expanduser().absolute())]
         try:
-            return [Wanted(_checked(name), cid=CID.parse(value))]
+            return [Wanted(checked_name(name), IpfsPath.parse(value))]
         except BadCID as error:
             raise BadCID(
                 f"--loras {item}: {value!r} is neither a file nor a CID ({error})",
@@ -95,21 +124,21 @@ class Catalog:
         wanted = []
         for lora in _policy(policy)(self._listed()):
             try:
-                wanted.append(Wanted(_checked(lora.name), cid=CID.parse(lora.ipfs_hash)))
+                wanted.append(Wanted(checked_name(lora.name), IpfsPath.parse(lora.ipfs_hash)))
             except (BadCID, ConfigError) as error:
                 self.warnings.append(f"the registry's adapter {lora.name!r} is left out: {error}")
         return wanted
 
     def _by_name(self, name: str) -> Wanted:
-        cid = self._known.get(name) or shipped.cids().get(name)
-        if cid is None:
+        where_it_is = self._known.get(name) or shipped.cids().get(name)
+        if where_it_is is None:
             where = "the backend's registry" if self._registry is not None else "the last run"
             also = ", ".join(sorted({*self._known, *shipped.cids()}))
             raise UnknownAdapter(
                 f"no adapter named {name!r} in {where}",
                 hint=f"known: {also}; or give its CID: --loras {name}=CID",
             )
-        return Wanted(name, cid=CID.parse(cid))
+        return Wanted(name, IpfsPath.parse(where_it_is))
 
     def _listed(self) -> Sequence[Lora]:
         if self._registry:
@@ -125,7 +154,8 @@ class Catalog:
         return cast("dict[str, str]", known) if isinstance(known, dict) else {}
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
+    """Raises ConfigError for what can't be an adapter's name."""
     try:
         return _NAME.validate_python(name)
     except ValidationError:

@@ -1,23 +1,37 @@
 """From a CID to a vetted adapter in the store: fetch, verify, vet, commit."""
 
 import asyncio
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.store import Lease, Store
+from r3mes_vllm.adapters.unwrap import unwrap
 from r3mes_vllm.adapters.vetting import HEADER_RULES, LARGEST_RANK, RULES, Adapter, Rule, vet
-from r3mes_vllm.errors import AdapterRefused
-from r3mes_vllm.ipfs import car
-from r3mes_vllm.ipfs.blockstore import BlockStore
+from r3mes_vllm.errors import (
+    AdapterError,
+    AdapterNotReady,
+    AdapterRefused,
+    BadArchive,
+    BadDAG,
+    ContentTooLarge,
+    SourceFailed,
+)
+from r3mes_vllm.ipfs import archive, car
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.fetch import Progress, fetch
+from r3mes_vllm.ipfs.disk import full_disk_is_said
+from r3mes_vllm.ipfs.fetch import Progress, fetch, resolve
+from r3mes_vllm.ipfs.http import exchange
 from r3mes_vllm.ipfs.pack import pack
-from r3mes_vllm.ipfs.sources import CarSource, GatewaySource, KuboSource, Source
+from r3mes_vllm.ipfs.path import IpfsPath
+from r3mes_vllm.ipfs.sources import BlocksSource, CarSource, GatewaySource, KuboSource, Source
 from r3mes_vllm.ipfs.tree import Limits
+from r3mes_vllm.settings import Settings
+
+ProgressCall = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,20 @@ class Obtained:
         return self.lease.path
 
 
+@dataclass
+class _Flight:
+    """One fetch, and how many wait for it."""
+
+    task: asyncio.Task[None]
+    watchers: list[ProgressCall] = field(default_factory=list)
+    waiting: int = 0
+
+
 class Supply:
-    """Adapters by CID, from IPFS, from the shipped CARs, or from files of the operator's."""
+    """Adapters by CID, from IPFS, from the shipped CARs, or from files of the operator's.
+
+    `at_once` fetches run at a time, `waiting` more may wait. Used in one event loop.
+    """
 
     def __init__(
         self,
@@ -44,101 +70,205 @@ class Supply:
         *,
         ipfs_api: str,
         gateways: Sequence[str],
+        blocks: Sequence[Path] = (),
+        pin: bool = False,
         base: ModelShape | None = None,
         max_rank: int = LARGEST_RANK,
         limits: Limits | None = None,
+        at_once: int = 4,
+        waiting: int = 256,
     ) -> None:
         self._store = store
-        self._ipfs_api = ipfs_api
-        self._gateways = gateways
+        self._daemon = KuboSource(ipfs_api)
+        self._sources: list[Source] = [
+            *map(BlocksSource, blocks),
+            self._daemon,
+            *map(GatewaySource, gateways),
+        ]
+        self._pin = pin
         self._base = base
         self._max_rank = max_rank
         self._limits = limits or Limits()
+        self._gate = asyncio.Semaphore(at_once)
+        self._waiting = waiting
+        self._flights: dict[CID, _Flight] = {}
+
+    @classmethod
+    def of(
+        cls, settings: Settings, *, base: ModelShape | None = None, max_rank: int = LARGEST_RANK
+    ) -> "Supply":
+        """The supply that the settings describe. Raises AdapterError if the cache can't be used."""
+        return cls(
+            Store(settings.cache_dir, quota=settings.cache_size),
+            ipfs_api=settings.ipfs_api_url,
+            gateways=settings.ipfs_gateways,
+            blocks=settings.ipfs_blocks,
+            pin=settings.ipfs_pin,
+            base=base,
+            max_rank=max_rank,
+            limits=Limits(
+                bytes=settings.adapter_bytes,
+                files=settings.adapter_files,
+                depth=settings.adapter_depth,
+                name_length=settings.adapter_name_length,
+                stall_s=settings.fetch_stall,
+                total_s=settings.fetch_timeout,
+            ),
+            at_once=settings.fetches_at_once,
+            waiting=settings.fetches_waiting,
+        )
 
     async def obtain(
-        self, cid: CID, *, progress: Callable[[Progress], None] | None = None
+        self, where: IpfsPath | CID, *, progress: ProgressCall | None = None
     ) -> Obtained:
-        """The adapter `cid`, fetched if need be.
+        """The adapter at `where`, fetched if need be; many callers make one fetch of it.
 
-        Raises IpfsError when it can't be had and AdapterRefused when it may not be used.
+        Raises IpfsError when it can't be had, AdapterRefused when it may not be used,
+        AdapterNotReady when too many wait, StorageFull.
         """
+        cid = await self._resolved(where) if isinstance(where, IpfsPath) else where
         if (held := await self._held(cid)) is not None:
             return held
-        await self._fetch(cid, self._sources(cid), progress)
-        return await self._held_now(cid, fetched=True)
+        await self._fetched_once(cid, self._sources_of(cid), progress)
+        if self._pin:
+            await self._pinned(cid)
+        return await self._held_now(cid)
 
     async def import_path(self, path: Path) -> Obtained:
-        """The adapter in the operator's directory or CAR file at `path`, under its CID."""
-        if path.is_dir():  # noqa: ASYNC240 - a local file, asked once
+        """The adapter in the operator's directory, CAR, archive or weights at `path`, under the
+        CID that it has in IPFS."""
+        if path.is_dir() or _is_content(path):  # noqa: ASYNC240 - a local file, asked once
             with self._store.scratch() as scratch:
                 packed = scratch / "packed.car"
-                cid = await asyncio.to_thread(pack, path, packed)
-                return await self._import_car(cid, packed)
-        return await self._import_car(await asyncio.to_thread(car.root_of, path), path)
+                with full_disk_is_said(scratch):
+                    cid = await asyncio.to_thread(pack, path, packed)
+                return await self._import_car(cid, CarSource(packed, name=str(path)))
+        return await self._import_car(
+            await asyncio.to_thread(car.root_of, path), CarSource(path, name=str(path))
+        )
 
-    async def _import_car(self, cid: CID, path: Path) -> Obtained:
+    @asynccontextmanager
+    async def peek(
+        self, where: IpfsPath | Path, progress: ProgressCall | None = None
+    ) -> AsyncIterator[Path]:
+        """What is there, fetched and verified but not vetted, for as long as the context lasts."""
+        with self._store.scratch() as scratch:
+            if isinstance(where, IpfsPath):
+                cid = await self._resolved(where)
+                sources = self._sources_of(cid)
+            elif where.is_dir() or _is_content(where):  # noqa: ASYNC240 - asked once
+                yield where
+                return
+            else:
+                cid = await asyncio.to_thread(car.root_of, where)
+                sources = [CarSource(where, name=str(where))]
+            yield await fetch(
+                cid, scratch / "peek", sources=sources, limits=self._limits, progress=progress
+            )
+
+    async def _import_car(self, cid: CID, source: Source) -> Obtained:
         if (held := await self._held(cid)) is not None:
             return held
-        await self._fetch(cid, [CarSource(path)], None)
-        return await self._held_now(cid, fetched=True)
+        await self._fetched_once(cid, [source], None)
+        return await self._held_now(cid)
 
-    def _sources(self, cid: CID) -> list[Source]:
-        return [
-            *(CarSource(it.car) for it in shipped.adapters() if CID.parse(it.cid) == cid),
-            KuboSource(self._ipfs_api),
-            *(GatewaySource(url) for url in self._gateways),
-        ]
+    async def _resolved(self, path: IpfsPath) -> CID:
+        if not path.names:
+            return path.root
+        with self._store.scratch() as scratch:
+            sources = self._sources_of(path.root)
+            return await resolve(path, scratch, sources=sources, limits=self._limits)
+
+    def _sources_of(self, cid: CID) -> list[Source]:
+        known = (CarSource(it.car) for it in shipped.adapters() if CID.parse(it.cid) == cid)
+        return [*known, *self._sources]
 
     async def _held(self, cid: CID) -> Obtained | None:
         lease = await asyncio.to_thread(self._store.lease, cid)
         if lease is None:
             return None
         try:
-            return Obtained(cid, lease, await self._vet(lease.path, HEADER_RULES), fetched=False)
+            facts = await self._vet(lease.path, HEADER_RULES)
         except BaseException:
             lease.release()
             raise
+        noted = replace(facts, warnings=(*facts.warnings, *lease.notes))
+        return Obtained(cid, lease, noted, fetched=False)
 
-    async def _held_now(self, cid: CID, *, fetched: bool) -> Obtained:
+    async def _held_now(self, cid: CID) -> Obtained:
         held = await self._held(cid)
         if held is None:
-            raise AdapterRefused("store", f"{cid} was removed from the store while it was fetched")
-        return Obtained(held.cid, held.lease, held.facts, fetched)
-
-    async def _fetch(
-        self,
-        cid: CID,
-        sources: Sequence[Source],
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
-        async with self._store.incoming(cid) as folder:
-            if await asyncio.to_thread(self._store.has, cid):
-                return
-            files = folder / "files"
-            shutil.rmtree(files, ignore_errors=True)
-            await fetch(
-                cid,
-                files,
-                blocks=BlockStore(folder / "blocks"),
-                sources=sources,
-                limits=self._limits,
-                progress=progress,
+            raise AdapterError(
+                f"{cid} was removed from the store right after it was fetched",
+                hint="raise --cache-size",
             )
-            if not files.is_dir():
-                self._store.discard(cid)
-                raise AdapterRefused(
-                    "files_are_there",
-                    f"{cid} is a file, not a directory",
-                    hint="publish the adapter's folder: r3mes-vllm adapter pack DIR",
+        return replace(held, fetched=True)
+
+    async def _fetched_once(
+        self, cid: CID, sources: Sequence[Source], progress: ProgressCall | None
+    ) -> None:
+        """One caller's cancellation is its own; the last one's ends the fetch."""
+        flight = self._flights.get(cid)
+        if flight is None:
+            if len(self._flights) >= self._waiting:
+                raise AdapterNotReady(
+                    f"{len(self._flights)} adapters are being fetched already",
+                    hint="try again later",
                 )
+            flight = _Flight(asyncio.create_task(self._fetch(cid, sources)))
+            self._flights[cid] = flight
+            flight.task.add_done_callback(lambda _: self._flights.pop(cid, None))
+        if progress:
+            flight.watchers.append(progress)
+        flight.waiting += 1
+        try:
+            await asyncio.shield(flight.task)
+        finally:
+            flight.waiting -= 1
+            if progress:
+                flight.watchers.remove(progress)
+            if not flight.waiting and not flight.task.done():
+                self._flights.pop(cid, None)
+                flight.task.cancel()
+                await asyncio.wait({flight.task})
+
+    async def _fetch(self, cid: CID, sources: Sequence[Source]) -> None:
+        def tell(progress: Progress) -> None:
+            flight = self._flights.get(cid)
+            for watcher in tuple(flight.watchers) if flight else ():
+                watcher(progress)
+
+        async with self._gate, self._store.incoming(cid) as folder:
+            if (lease := await asyncio.to_thread(self._store.lease, cid)) is not None:
+                lease.release()  # another process was quicker
+                return
             try:
-                await self._vet(files, RULES)
-            except AdapterRefused:
-                self._store.discard(cid)
+                fetched = await fetch(
+                    cid, folder, sources=sources, limits=self._limits, progress=tell
+                )
+                with full_disk_is_said(folder), self._store.scratch() as work:
+                    adapter, notes = await asyncio.to_thread(unwrap, fetched, work, self._limits)
+                    await self._vet(adapter, RULES)
+                    await asyncio.to_thread(self._store.commit, cid, adapter, notes)
+            except (AdapterRefused, BadArchive, BadDAG, ContentTooLarge):
+                await asyncio.to_thread(self._store.discard, cid)
                 raise
-            self._store.commit(cid, files)
+
+    async def _pinned(self, cid: CID) -> None:
+        async with exchange(self._limits) as connections:
+            try:
+                await self._daemon.pin(cid, connections)
+            except SourceFailed as error:
+                raise AdapterError(
+                    f"{cid} is here, but is not pinned: {error}",
+                    hint="is the IPFS daemon running? ipfs pin add CID",
+                ) from error
 
     async def _vet(self, directory: Path, rules: Sequence[Rule]) -> Adapter:
         return await asyncio.to_thread(
             vet, directory, base=self._base, max_rank=self._max_rank, rules=rules
         )
+
+
+def _is_content(path: Path) -> bool:
+    return path.is_file() and (archive.kind(path) is not None or path.name.endswith(".safetensors"))

@@ -8,7 +8,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from r3mes_vllm import __version__
-from r3mes_vllm.cli import backend, demo, serve
+from r3mes_vllm.cli import adapter, backend, demo, serve
 from r3mes_vllm.errors import ConfigError, R3mesError
 
 app = typer.Typer(
@@ -45,6 +45,11 @@ def _plain(command: Callable[P, None]) -> Callable[P, None]:
 app.command("serve", context_settings={"allow_extra_args": True})(_plain(serve.serve))
 app.command("backend")(_plain(backend.backend))
 app.command("demo")(_plain(demo.demo))
+
+_adapters = typer.Typer(name="adapter", help="Publish adapters, and keep those on this machine.")
+for _name, _command in adapter.COMMANDS.items():
+    _adapters.command(_name)(_plain(_command))
+app.add_typer(_adapters, no_args_is_help=True)
 
 
 def _show_version(wanted: bool) -> None:

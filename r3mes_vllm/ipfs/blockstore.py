@@ -1,5 +1,7 @@
-"""Verified blocks on disk, by hash. A block that is not what its CID says is never kept."""
+"""Blocks on disk by hash, in the layout of Kubo's and js-ipfs's `blocks` folder (flatfs,
+next-to-last/2): so the repository of a daemon that isn't running can be read too."""
 
+import base64
 import os
 import tempfile
 from pathlib import Path
@@ -12,19 +14,12 @@ class BlockStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        # Written by this process: checked once, on the way in.
-        self._sound: set[CID] = set()
-
-    def put(self, cid: CID, data: bytes, source: str) -> None:
-        """Keep `data` if it is what `cid` names. Raises BlockMismatch naming `source`."""
-        cid.check(data, source)
-        self.keep(cid, data)
 
     def keep(self, cid: CID, data: bytes) -> None:
         """Keep `data`, which the caller has checked."""
         path = self._path(cid)
-        fd, aside = tempfile.mkstemp(dir=self._directory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, aside = tempfile.mkstemp(dir=path.parent)
         try:
             with open(fd, "wb") as file:
                 file.write(data)
@@ -32,23 +27,20 @@ class BlockStore:
         except BaseException:
             os.unlink(aside)
             raise
-        self._sound.add(cid)
 
     def get(self, cid: CID) -> bytes | None:
-        if cid.inline is not None:
-            return cid.inline
         try:
             data = self._path(cid).read_bytes()
         except FileNotFoundError:
             return None
-        if cid not in self._sound:
-            if not cid.matches(data):
-                return None
-            self._sound.add(cid)
+        return data if cid.matches(data) else None
+
+    def take(self, cid: CID) -> bytes | None:
+        """`get`, and forget it."""
+        data = self.get(cid)
+        self._path(cid).unlink(missing_ok=True)
         return data
 
-    def has(self, cid: CID) -> bool:
-        return cid in self._sound or self.get(cid) is not None
-
     def _path(self, cid: CID) -> Path:
-        return self._directory / cid.multihash.hex()
+        name = base64.b32encode(cid.multihash).decode().rstrip("=")
+        return self._directory / f"_{name}"[-3:-1] / f"{name}.data"

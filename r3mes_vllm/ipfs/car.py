@@ -1,8 +1,9 @@
-"""CARv1: reading a stream of blocks, each checked against its CID, and writing one.
+"""CARv1: reading a stream of blocks and writing one.
 
 https://ipld.io/specs/transport/car/carv1/
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,12 +18,13 @@ BLOCK_LIMIT = 2 << 20
 _SECTION_LIMIT = BLOCK_LIMIT + 256
 _HEADER_LIMIT = 1 << 16
 _READ = 1 << 18
+_LONGEST_CID = 160  # bytes: an identity of 128 and its four numbers
 
 Block = tuple[CID, bytes]
 
 
 class CarReader:
-    """Takes the bytes of a CAR as they come and gives the blocks that are complete.
+    """Takes the bytes of a CAR as they come and gives the blocks that are complete, unchecked.
 
     `source` is named in errors. Memory: one block and the bytes fed last.
     """
@@ -31,51 +33,79 @@ class CarReader:
         self.roots: tuple[CID, ...] | None = None
         """None until the header has been read. Roots are the sender's claim, nothing more."""
         self._source = source
-        self._buffer = bytearray()
+        self._pieces: deque[memoryview] = deque()
+        self._have = 0
+        self._section = 0
+        """Bytes of the section that is coming; 0 before its length is known."""
 
     def feed(self, data: bytes) -> list[Block]:
-        """The blocks completed by `data`. Raises BadCAR or BlockMismatch."""
-        self._buffer += data
+        """The blocks completed by `data`. Raises BadCAR."""
+        if data:
+            self._pieces.append(memoryview(data))
+            self._have += len(data)
         blocks: list[Block] = []
-        at = 0
-        while (section := self._section(at)) is not None:
-            start, at = section
-            body = bytes(memoryview(self._buffer)[start:at])
+        while self._section or self._begin_section():
+            if self._have < self._section:
+                break
             if self.roots is None:
-                self.roots = _read_header(body, self._source)
+                self.roots = _read_header(self._pull(self._section), self._source)
             else:
-                blocks.append(self._read_block(body))
-        del self._buffer[:at]
+                blocks.append(self._read_block())
+            self._section = 0
         return blocks
 
     def close(self) -> None:
         """Raises BadCAR if the stream ended within a section, or before its header."""
-        if self._buffer or self.roots is None:
+        if self._have or self._section or self.roots is None:
             raise BadCAR(f"{self._source}: the CAR is cut short")
 
-    def _section(self, at: int) -> tuple[int, int] | None:
+    def _begin_section(self) -> bool:
         try:
-            found = varint.decode(self._buffer, at)
+            found = varint.decode(self._peek(varint.LONGEST))
         except ValueError as error:
             raise BadCAR(f"{self._source}: {error}") from error
         if found is None:
-            return None
-        length, start = found
+            return False
+        length, end = found
         limit = _HEADER_LIMIT if self.roots is None else _SECTION_LIMIT
         if not 0 < length <= limit:
             raise BadCAR(f"{self._source}: a section of {length} bytes (at most {limit})")
-        return (start, start + length) if len(self._buffer) >= start + length else None
+        self._pull(end)
+        self._section = length
+        return True
 
-    def _read_block(self, section: bytes) -> Block:
+    def _read_block(self) -> Block:
         try:
-            cid, end = CID.read(section)
+            cid, end = CID.read(self._peek(min(self._section, _LONGEST_CID)))
         except BadCID as error:
             raise BadCAR(f"{self._source}: a block's CID: {error}") from error
-        data = section[end:]
-        if len(data) > BLOCK_LIMIT:
-            raise BadCAR(f"{self._source}: a block of {len(data)} bytes (at most {BLOCK_LIMIT})")
-        cid.check(data, self._source)
-        return cid, data
+        length = self._section - end
+        if length > BLOCK_LIMIT:
+            raise BadCAR(f"{self._source}: a block of {length} bytes (at most {BLOCK_LIMIT})")
+        self._pull(end)
+        return cid, self._pull(length)
+
+    def _peek(self, length: int) -> bytes:
+        """The next bytes, `length` of them at most."""
+        found = b""
+        for piece in self._pieces:
+            found += piece[: length - len(found)]
+            if len(found) == length:
+                break
+        return found
+
+    def _pull(self, length: int) -> bytes:
+        """Exactly the next `length` bytes, which are here: copied once."""
+        self._have -= length
+        parts = []
+        while length:
+            piece = self._pieces[0]
+            parts.append(piece[:length])
+            if length < len(piece):
+                self._pieces[0] = piece[length:]
+                break
+            length -= len(self._pieces.popleft())
+        return b"".join(parts)
 
 
 def read_file(path: Path) -> Iterator[Block]:
@@ -83,8 +113,63 @@ def read_file(path: Path) -> Iterator[Block]:
     reader = CarReader(str(path))
     with path.open("rb") as file:
         while data := file.read(_READ):
-            yield from reader.feed(data)
+            for cid, block in reader.feed(data):
+                cid.check(block, str(path))
+                yield cid, block
     reader.close()
+
+
+class CarFile:
+    """The blocks of the CAR file at `path` by CID, found in one pass over its sections."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError or BadCAR; what stands before the damage of a damaged file is found."""
+        self._path = path
+        self._places: dict[CID, tuple[int, int]] = {}
+        with path.open("rb") as file:
+            try:
+                for cid, at, length in _sections(file, str(path)):
+                    self._places.setdefault(cid, (at, length))
+            except BadCAR:
+                if not self._places:
+                    raise
+
+    def block(self, cid: CID) -> bytes | None:
+        """Unchecked. Raises OSError."""
+        if cid not in self._places:
+            return None
+        at, length = self._places[cid]
+        with self._path.open("rb") as file:
+            file.seek(at)
+            return file.read(length)
+
+
+def _sections(file: BinaryIO, source: str) -> Iterator[tuple[CID, int, int]]:
+    """The CID of each block, where its data begin, and their length."""
+    reader = CarReader(source)
+    at = 0
+    while reader.roots is None and (data := file.read(64)):
+        reader.feed(data)
+    file.seek(0)
+    head = varint.decode(file.read(10)) if reader.roots is not None else None
+    if head is None:
+        raise BadCAR(f"{source}: the CAR is cut short")
+    at = head[1] + head[0]
+    while True:
+        file.seek(at)
+        start = file.read(10 + _LONGEST_CID)
+        if not start:
+            return
+        try:
+            found = varint.decode(start)
+            if found is None:
+                raise BadCAR(f"{source}: the CAR is cut short")
+            length, after = found
+            cid, end = CID.read(start[after:])
+        except (ValueError, BadCID) as error:
+            raise BadCAR(f"{source}: {error}") from error
+        yield cid, at + after + end, min(length - end, BLOCK_LIMIT + 1)
+        at += after + max(length, 1)
 
 
 def root_of(path: Path) -> CID:

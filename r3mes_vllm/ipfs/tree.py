@@ -1,19 +1,28 @@
-"""The tree under a root, read from a block store: what is missing of it, and its files on disk."""
+"""The files and directories under a root, built in place from verified blocks in any order.
+
+A leaf is written where it belongs in its file as soon as it comes; only the nodes that link to
+others are kept beside. So the files are their own record: after a crash, what lies on disk is
+hashed again, and what is not right is asked for again.
+"""
 
 import os
 import shutil
-import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from r3mes_vllm.errors import BadDAG, ContentTooLarge
+from r3mes_vllm.errors import BadDAG, ContentTooLarge, IpfsError
+from r3mes_vllm.ipfs import names
 from r3mes_vllm.ipfs.blockstore import BlockStore
+from r3mes_vllm.ipfs.car import BLOCK_LIMIT, Block
 from r3mes_vllm.ipfs.cid import CID, RAW
-from r3mes_vllm.ipfs.unixfs import Kind, Link, Node, read
+from r3mes_vllm.ipfs.direct import Writer
+from r3mes_vllm.ipfs.unixfs import Kind, Node, encode_leaves, read
 
-_LONGEST_NAME = 255
-_MOST_SHARDS = 500  # also bounds the recursion
+_MOST_SHARDS = 500
 
 
 @dataclass(frozen=True)
@@ -22,183 +31,312 @@ class Limits:
 
     bytes: int = 4 << 30
     files: int = 1000
+    """With directories."""
     depth: int = 16
     """Of directories."""
+    name_length: int = 255
+    """Bytes of UTF-8."""
     blocks: int = 200_000
+    stall_s: float = 30.0
+    """Without a byte for so long, or under 1 KiB a second, a source has failed."""
     total_s: float = 1800.0
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What the blocks that are here say of the tree."""
+@dataclass
+class _Directory:
+    path: Path
+    depth: int
+    names: set[str] = field(default_factory=set)
+    shards: set[CID] = field(default_factory=set)
 
-    missing: tuple[CID, ...]
-    declared: int
-    """Bytes of all files whose first block is here."""
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A file or a directory is to stand at `path`."""
+
+    path: Path
+    depth: int
 
 
-def survey(root: CID, blocks: BlockStore, limits: Limits) -> Survey:
-    """Walk as far as the blocks reach. Raises BadDAG, or ContentTooLarge before bytes are spent.
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """More entries of a directory."""
 
-    A block that stands in the tree many times is asked for once.
+    of: _Directory
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """`size` bytes of the file at `path`, from `offset` on."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+_Place = _Entry | _Shard | _Part
+
+
+class Tree:
+    """Grows in `folder`, which keeps what is needed to go on after a crash. Used by one thread.
+
+    Every method raises BadDAG and ContentTooLarge for content that is not worth having, and
+    OSError when the disk fails.
     """
-    missing: dict[CID, None] = {}
-    declared = files = 0
-    for where, link, node in _walk(root, blocks, limits):
-        if node is None:
-            missing[link.cid] = None
-        elif where is not None:
-            files += 1
-            declared += node.size
-            if files > limits.files:
-                raise ContentTooLarge(f"{root} holds more than {limits.files} files and folders")
-            if declared > limits.bytes:
-                raise ContentTooLarge(f"{root} holds more than {limits.bytes} bytes")
-    return Survey(tuple(missing), declared)
 
+    def __init__(self, root: CID, folder: Path, limits: Limits) -> None:
+        self.root = root
+        self.wanted: dict[CID, list[_Place]] = {}
+        """What is known to be missing, in the order of the files."""
+        self.declared = 0
+        """Bytes of the files whose first block is here."""
+        self.placed = 0
+        """Bytes of files that are here."""
+        self.spare_bytes = 0
+        """Of blocks that nothing linked to when they came; past `limits.bytes` they are dropped."""
+        self.complete = False
+        self._failure: IpfsError | OSError | None = None
+        self._limits = limits
+        self._files = folder / "files"
+        self._nodes = BlockStore(folder / "nodes")
+        self._spare_folder = folder / "spare"
+        self._spare = BlockStore(self._spare_folder)
+        """Blocks that came before the node that links to them."""
+        self._spared: set[CID] = set()
+        self._resuming = os.path.lexists(self._files)
+        self._leaves: dict[CID, tuple[Path, int, int]] = {}
+        self._linking: set[CID] = set()
+        self._places = self._entries = self._node_bytes = 0
+        self._writer = Writer()
+        self._todo: deque[tuple[CID, _Place]] = deque()
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._spare_folder, ignore_errors=True)
+        self._want(root, _Entry(self._files, 0))
+        self._settle()
+        self._writer.flush()
+        self.complete = not self.wanted
 
-def write(root: CID, into: Path, blocks: BlockStore, limits: Limits) -> None:
-    """Write the complete tree to `into`, a new directory, or a new file if the root is one.
+    def offer(self, blocks: Iterable[Block]) -> int:
+        """Take verified blocks; how many were of use. What nothing links to yet is kept aside,
+        within limits, and dropped at the end."""
+        self._require_sound()
+        used = 0
+        try:
+            for cid, data in blocks:
+                if cid in self.wanted:
+                    used += 1
+                    self._came(cid, data)
+                    self._settle()
+                elif cid not in self._leaves and cid not in self._linking:
+                    self._spare_block(cid, data)
+            self._writer.flush()
+        except (IpfsError, OSError) as error:
+            self._failure = error  # what was half done is neither wanted nor here
+            raise
+        self.complete = not self.wanted
+        return used
 
-    It appears whole or not at all. Raises BadDAG and ContentTooLarge.
-    """
-    aside = into.with_name(f".{into.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.unlink(missing_ok=True)
-    try:
-        for path, link, node in _walk(root, blocks, limits):
-            if path is None or node is None:
-                continue  # a part of a file: its file reads it
-            target = aside.joinpath(*path)
-            if node.kind is Kind.FILE:
-                _write_file(target, link.cid, node, blocks)
-            else:
-                target.mkdir()
-        os.rename(aside, into)
-    finally:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
+    def finish(self) -> Path:
+        """The complete tree, a directory or a file, written through to the disk."""
+        self._require_sound()
+        for path in (self._files, *self._files.rglob("*")):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        return self._files
 
+    def _require_sound(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
-_Step = tuple[tuple[str, ...] | None, Link, Node | None]
+    def _spare_block(self, cid: CID, data: bytes) -> None:
+        if cid in self._spared:
+            return
+        self.spare_bytes += len(data) + 100
+        if self.spare_bytes <= self._limits.bytes:
+            self._spare.keep(cid, data)
+            self._spared.add(cid)
 
+    def close(self) -> None:
+        self._writer.close()
+        shutil.rmtree(self._spare_folder, ignore_errors=True)
+        self._spared.clear()
 
-def _walk(root: CID, blocks: BlockStore, limits: Limits) -> Iterator[_Step]:
-    """Every entry with its path, depth first; the parts of files with None instead of a path.
+    def _want(self, cid: CID, place: _Place) -> None:
+        self._places += 1
+        if self._places > self._limits.blocks:
+            raise ContentTooLarge(f"{self.root} has more than {self._limits.blocks} blocks")
+        self._todo.append((cid, place))
 
-    A node is None when its block is not here. Parts are visited once each.
-    """
-    seen: set[CID] = set()
-    stack: list[tuple[tuple[str, ...] | None, Link]] = [((), Link(root, "", 0))]
-    budget = limits.blocks
-    while stack:
-        path, link = stack.pop()
-        if path is None and (link.cid in seen or link.cid.inline is not None):
-            continue
-        seen.add(link.cid)
-        budget -= 1
-        if budget < 0:
-            raise ContentTooLarge(f"{root} has more than {limits.blocks} blocks")
-        if path is None and link.cid.codec == RAW:
-            if not blocks.has(link.cid):
-                yield path, link, None
-            continue
-        block = blocks.get(link.cid)
-        if block is None:
-            yield path, link, None
-            continue
-        node = read(link.cid, block)
-        yield path, link, node
+    def _settle(self) -> None:
+        """Fill what can be filled from this machine; the rest is wanted."""
+        while self._todo:
+            cid, place = self._todo.popleft()
+            if cid in self.wanted:
+                self.wanted[cid].append(place)
+                continue
+            self.wanted[cid] = [place]
+            if (data := self._on_disk(cid, place)) is not None:
+                self._came(cid, data, lies_at=place)
+            elif (data := self._here(cid)) is not None:
+                self._came(cid, data)
+
+    def _came(self, cid: CID, data: bytes, *, lies_at: _Place | None = None) -> None:
+        places = self.wanted.pop(cid)
+        node = read(cid, data)
+        if node.links or node.kind is not Kind.FILE:
+            self._node_bytes += len(data)
+            if self._node_bytes > (self._limits.bytes >> 4) + (1 << 20):
+                raise ContentTooLarge(f"{self.root}: too many bytes of links and names")
+            if cid not in self._linking and lies_at is None and cid.inline is None:
+                self._nodes.keep(cid, data)
+            self._linking.add(cid)
+        for place in places:
+            self._place(place, cid, node, written=place is lies_at)
+
+    def _here(self, cid: CID) -> bytes | None:
+        """The block, from the CID itself, from what came before, or from an earlier run."""
+        if cid.inline is not None:
+            return cid.inline
+        if (leaf := self._leaves.get(cid)) is not None:
+            return self._as_block(cid, self._segment(*leaf))
+        if cid in self._spared:
+            self._spared.discard(cid)
+            return self._spare.take(cid)
+        return None if cid.codec == RAW else self._nodes.get(cid)
+
+    def _on_disk(self, cid: CID, place: _Place) -> bytes | None:
+        """The block, if an earlier run wrote it to its place."""
+        if not self._resuming or cid.inline is not None:
+            return None
+        if isinstance(place, _Part):
+            if place.size > BLOCK_LIMIT:
+                return None
+            return self._as_block(cid, self._segment(place.path, place.offset, place.size))
+        if isinstance(place, _Entry):
+            with suppress(OSError):
+                found = place.path.lstat()
+                if stat.S_ISREG(found.st_mode) and found.st_size <= BLOCK_LIMIT:
+                    return self._as_block(cid, self._segment(place.path, 0, found.st_size))
+        return None
+
+    def _as_block(self, cid: CID, content: bytes | None) -> bytes | None:
+        """The block that holds `content` and nothing else, if that is the one `cid` names."""
+        if content is None:
+            return None
+        forms = [content] if cid.codec == RAW else encode_leaves(content)
+        return next((block for block in forms if cid.matches(block)), None)
+
+    def _segment(self, path: Path, offset: int, size: int) -> bytes | None:
+        self._writer.flush()
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            data = os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+        return data if len(data) == size else None
+
+    def _place(self, place: _Place, cid: CID, node: Node, *, written: bool) -> None:
+        match place:
+            case _Entry():
+                self._place_entry(place, cid, node, written=written)
+            case _Shard(directory):
+                if node.kind is not Kind.SHARD:
+                    raise BadDAG(f"{cid}: it should be a shard of a directory")
+                self._add_entries(directory, cid, node)
+            case _Part(path, offset, size):
+                if node.kind is not Kind.FILE:
+                    raise BadDAG(f"{cid}: a directory as a part of a file")
+                if node.size != size:
+                    raise BadDAG(f"{cid}: {node.size} bytes stand where {size} were declared")
+                self._fill(path, offset, cid, node, written=written)
+
+    def _place_entry(self, place: _Entry, cid: CID, node: Node, *, written: bool) -> None:
         if node.kind is Kind.FILE:
-            stack += [(None, part) for part in reversed(node.links)]
-        elif path is None:
-            raise BadDAG(f"{link.cid}: a directory as a part of a file")
-        else:
-            entries = []
-            for entry in _entries(link.cid, node, blocks, set()):
-                entries.append(entry)
-                if len(entries) > limits.files:
-                    raise ContentTooLarge(f"{link.cid} has more than {limits.files} entries")
-            if len(path) >= limits.depth:
-                raise ContentTooLarge(f"{root} is more than {limits.depth} directories deep")
-            _check_names(link.cid, [entry.name for entry in entries if entry.name])
-            stack += [
-                ((*path, entry.name) if entry.name else None, entry) for entry in reversed(entries)
-            ]
+            self.declared += node.size
+            if self.declared > self._limits.bytes:
+                raise ContentTooLarge(f"{self.root} holds more than {self._limits.bytes} bytes")
+            if not written:
+                self._writer.write(place.path, 0, b"")
+                os.truncate(place.path, min(place.path.stat().st_size, node.size))
+            self._fill(place.path, 0, cid, node, written=written)
+            return
+        if place.depth >= self._limits.depth:
+            raise ContentTooLarge(f"{self.root} is more than {self._limits.depth} directories deep")
+        if not place.path.is_dir():
+            place.path.mkdir()
+        self._add_entries(_Directory(place.path, place.depth), cid, node)
 
-
-def _entries(cid: CID, node: Node, blocks: BlockStore, shards: set[CID]) -> Iterator[Link]:
-    """The entries of a directory; a shard of it whose block is not here comes without a name.
-
-    `shards` are those met so far: a hostile tree could lead through one of them for ever.
-    """
-    if node.kind is Kind.DIRECTORY:
+    def _add_entries(self, directory: _Directory, cid: CID, node: Node) -> None:
+        if node.kind is Kind.SHARD:
+            # A hostile tree could lead through one shard for ever.
+            if cid in directory.shards or len(directory.shards) > _MOST_SHARDS:
+                raise BadDAG(f"{cid}: a shard of a directory stands twice, or there are too many")
+            directory.shards.add(cid)
         for link in node.links:
-            if not link.name:
-                raise BadDAG(f"{cid}: an entry without a name")
-        yield from node.links
-        return
-    if cid in shards or len(shards) > _MOST_SHARDS:
-        raise BadDAG(f"{cid}: a shard of a directory stands twice, or there are too many")
-    shards.add(cid)
-    for link in node.links:
-        name = link.name[node.prefix :]
-        if name:
-            yield Link(link.cid, name, link.size)
-            continue
-        block = blocks.get(link.cid)
-        if block is None:
-            yield Link(link.cid, "", link.size)
-            continue
-        shard = read(link.cid, block)
-        if shard.kind is not Kind.SHARD:
-            raise BadDAG(f"{link.cid}: it should be a shard of a directory")
-        yield from _entries(link.cid, shard, blocks, shards)
+            name = link.name[node.prefix :]
+            if node.kind is Kind.SHARD and not name:
+                self._want(link.cid, _Shard(directory))
+                continue
+            self._entries += 1
+            if self._entries > self._limits.files:
+                raise ContentTooLarge(
+                    f"{self.root} holds more than {self._limits.files} files and folders"
+                )
+            try:
+                names.check_name(name, longest=self._limits.name_length)
+            except ValueError as error:
+                raise BadDAG(f"{cid}: {error}") from error
+            if (folded := names.folded(name)) in directory.names:
+                raise BadDAG(f"{cid}: the name {name!r} stands twice")
+            directory.names.add(folded)
+            self._want(link.cid, _Entry(directory.path / name, directory.depth + 1))
+
+    def _fill(self, path: Path, offset: int, cid: CID, node: Node, *, written: bool) -> None:
+        if node.data and not written:
+            self._writer.write(path, offset, node.data)
+        if not node.links and cid.inline is None:
+            self._leaves.setdefault(cid, (path, offset, node.size))
+        self.placed += len(node.data)
+        offset += len(node.data)
+        for link, size in zip(node.links, node.blocksizes, strict=True):
+            self._want(link.cid, _Part(path, offset, size))
+            offset += size
 
 
-def _check_names(cid: CID, names: list[str]) -> None:
-    folded: set[str] = set()
-    for name in names:
-        if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise BadDAG(f"{cid}: the name {name!r} leads elsewhere")
-        if len(name.encode()) > _LONGEST_NAME:
-            raise BadDAG(f"{cid}: a name of {len(name.encode())} bytes")
-        # Two names for one file on some disks.
-        form = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-        if form in folded:
-            raise BadDAG(f"{cid}: the name {name!r} stands twice")
-        folded.add(form)
+class Way(Tree):
+    """Only what leads from the root along `names`; `end` is the CID that they lead to."""
 
+    def __init__(self, root: CID, names: tuple[str, ...], folder: Path, limits: Limits) -> None:
+        self.end: CID | None = None
+        self._names = names
+        super().__init__(root, folder, limits)
 
-def _write_file(path: Path, cid: CID, node: Node, blocks: BlockStore) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o644), "wb") as file:
-        for part in _contents(cid, node, blocks):
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    def _place_entry(self, place: _Entry, cid: CID, node: Node, *, written: bool) -> None:
+        if node.kind is Kind.FILE:
+            raise BadDAG(f"{self.root}/{'/'.join(self._names[: place.depth])} is a file")
+        self._add_entries(_Directory(place.path, place.depth), cid, node)
 
+    def _add_entries(self, directory: _Directory, cid: CID, node: Node) -> None:
+        for link in node.links:
+            name = link.name[node.prefix :]
+            if node.kind is Kind.SHARD and not name:
+                self._want(link.cid, _Shard(directory))
+            elif name == self._names[directory.depth] and self.end is None:
+                depth = directory.depth + 1
+                if depth == len(self._names):
+                    self.end = link.cid
+                else:
+                    self._want(link.cid, _Entry(directory.path, depth))
 
-def _contents(cid: CID, node: Node, blocks: BlockStore) -> Iterator[bytes]:
-    """The bytes of a file, each part as long as its parent says: so never more than declared."""
-    stack: list[Iterator[tuple[Link, int]]] = []
-    if node.data:
-        yield node.data
-    stack.append(zip(node.links, node.blocksizes, strict=True))
-    while stack:
-        step = next(stack[-1], None)
-        if step is None:
-            stack.pop()
-            continue
-        link, size = step
-        block = blocks.get(link.cid)
-        if block is None:
-            raise BadDAG(f"{link.cid} is missing from {cid}")
-        part = read(link.cid, block)
-        if part.kind is not Kind.FILE or part.size != size:
-            raise BadDAG(f"{link.cid}: {part.size} bytes stand where {size} were declared")
-        if part.data:
-            yield part.data
-        stack.append(zip(part.links, part.blocksizes, strict=True))
+    def found(self) -> CID:
+        """`end`, now that all that leads there is here."""
+        self._require_sound()
+        if self.end is None:
+            raise BadDAG(f"there is no {'/'.join(self._names)} in {self.root}")
+        return self.end

@@ -3,6 +3,7 @@
 https://ipld.io/specs/codecs/dag-pb/spec/ and https://specs.ipfs.tech/unixfs/
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -177,6 +178,14 @@ def encode_file(parts: list[Link], blocksizes: list[int]) -> bytes:
 def encode_directory(entries: list[Link]) -> bytes:
     """The dag-pb block of a directory; `entries` in any order."""
     return _encode_node(sorted(entries, key=lambda link: link.name.encode()), b"\x08\x01")
+
+
+def encode_leaves(content: bytes) -> Iterator[bytes]:
+    """The dag-pb leaves in which implementations wrap `content` where leaves are not raw."""
+    size = b"\x18" + varint.encode(len(content))
+    data = b"\x12" + _prefixed(content) if content else b""
+    for kind in (b"\x08\x02", b"\x08\x00"):
+        yield b"\x0a" + _prefixed(kind + data + size)
 
 
 def _encode_node(links: list[Link], data: bytes) -> bytes:

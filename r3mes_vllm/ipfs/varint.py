@@ -3,7 +3,7 @@
 https://github.com/multiformats/unsigned-varint
 """
 
-_LONGEST = 9
+LONGEST = 9
 
 
 def encode(number: int) -> bytes:
@@ -21,7 +21,7 @@ def decode(data: bytes | bytearray | memoryview, at: int = 0) -> tuple[int, int]
     Raises ValueError if it is longer than 9 bytes or than it need be.
     """
     number = 0
-    for index in range(_LONGEST):
+    for index in range(LONGEST):
         if at + index >= len(data):
             return None
         byte = data[at + index]
@@ -30,4 +30,4 @@ def decode(data: bytes | bytearray | memoryview, at: int = 0) -> tuple[int, int]
             if byte == 0 and index:
                 raise ValueError("a varint is longer than it need be")
             return number, at + index + 1
-    raise ValueError(f"a varint is longer than {_LONGEST} bytes")
+    raise ValueError(f"a varint is longer than {LONGEST} bytes")

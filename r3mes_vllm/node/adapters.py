@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 from r3mes_vllm.adapters.catalog import Catalog, Wanted
 from r3mes_vllm.adapters.model_shape import ModelShape
-from r3mes_vllm.adapters.store import Store
 from r3mes_vllm.adapters.supply import Obtained, Supply
-from r3mes_vllm.errors import AdapterError, BackendError, IpfsError
+from r3mes_vllm.errors import AdapterError, BackendError, IpfsError, StorageFull
 from r3mes_vllm.ipfs.fetch import Progress
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.report import warn
 from r3mes_vllm.settings import Settings
 from r3mes_vllm.wire import Lora
-
-_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -39,23 +36,15 @@ async def obtain_all(
     """
     catalog = Catalog(settings.state_dir, await _registry(settings))
     wanted = catalog.choose(settings.loras, settings.lora_policy)
-    supply = Supply(
-        Store(settings.cache_dir),
-        ipfs_api=settings.ipfs_api_url,
-        gateways=settings.ipfs_gateways,
-        base=base,
-        max_rank=max_rank,
-    )
-    gate = asyncio.Semaphore(_AT_ONCE)
+    supply = Supply.of(settings, base=base, max_rank=max_rank)
 
     async def one(it: Wanted) -> Named | None:
-        async with gate:
-            try:
-                return Named(it.name, await _obtain(supply, it, progress))
-            except (IpfsError, AdapterError) as error:
-                hint = f" ({error.hint})" if error.hint else ""
-                warn(f"adapter {it.name!r} is left out: {error}{hint}")
-                return None
+        try:
+            return Named(it.name, await _obtain(supply, it, progress))
+        except (IpfsError, AdapterError, StorageFull) as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            warn(f"adapter {it.name!r} is left out: {error}{hint}")
+            return None
 
     named = [it for it in await asyncio.gather(*map(one, wanted)) if it]
     for text in catalog.warnings:
@@ -70,10 +59,10 @@ async def obtain_all(
 async def _obtain(
     supply: Supply, wanted: Wanted, progress: Callable[[str, Progress], None] | None
 ) -> Obtained:
-    if wanted.cid is None:
+    if wanted.where is None:
         return await supply.import_path(wanted.source)
     tell = (lambda it: progress(wanted.name, it)) if progress else None
-    return await supply.obtain(wanted.cid, progress=tell)
+    return await supply.obtain(wanted.where, progress=tell)
 
 
 async def _registry(settings: Settings) -> list[Lora] | None:

@@ -3,11 +3,8 @@
 import asyncio
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from urllib.parse import urlsplit
-
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from r3mes_vllm import report
 from r3mes_vllm.adapters.vetting import LARGEST_RANK
@@ -15,7 +12,6 @@ from r3mes_vllm.engine import environment
 from r3mes_vllm.engine.model import served_name, shape_of
 from r3mes_vllm.errors import AdapterError, PortTaken
 from r3mes_vllm.identity import Identity
-from r3mes_vllm.ipfs.fetch import Progress as Fetched
 from r3mes_vllm.node.adapters import obtain_all
 from r3mes_vllm.node.guard import LOOPBACK, refuse_open_door
 from r3mes_vllm.settings import Settings, misspelt
@@ -47,7 +43,7 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     report.done("base model", name)
 
     report.begin("adapters")
-    with _Downloads() as downloads:
+    with report.Downloads() as downloads:
         named = asyncio.run(
             obtain_all(
                 settings,
@@ -123,38 +119,4 @@ def _warn_of_uncalled_port(settings: Settings) -> None:
         report.warn(
             f"the R3MES network calls nodes on the ports {ports} only, so nobody will call "
             f"{settings.public_url}: pass --port 8080, or forward one and set --public-url"
-        )
-
-
-class _Downloads:
-    """A bar for each adapter under way, on a terminal; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self._bars = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TextColumn("{task.fields[source]}"),
-            console=report.console(),
-            transient=True,
-            disable=not sys.stdout.isatty(),
-        )
-        self._tasks: dict[str, int] = {}
-
-    def __enter__(self) -> "_Downloads":
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def show(self, name: str, fetched: Fetched) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=None, source="")
-        self._bars.update(
-            self._tasks[name],  # type: ignore[arg-type]
-            completed=fetched.bytes_verified,
-            total=fetched.bytes_declared,
-            source=fetched.source,
         )

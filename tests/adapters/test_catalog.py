@@ -10,6 +10,7 @@ from r3mes_vllm.adapters import shipped
 from r3mes_vllm.adapters.catalog import Catalog
 from r3mes_vllm.errors import BadCID, ConfigError, R3mesError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID, RAW
+from r3mes_vllm.ipfs.path import IpfsPath
 from r3mes_vllm.wire import Lora
 
 ONE, TWO, THREE = (CID.of(RAW, text) for text in (b"1", b"2", b"3"))
@@ -37,9 +38,9 @@ def test_items_are_names_cids_and_paths(catalog: Catalog, tmp_path: Path) -> Non
     (tmp_path / "x.car").touch()
     items = ["second", f"mine={THREE}", f"local={tmp_path / 'x.car'}"]
     second, mine, local = catalog.choose(items, "first")
-    assert (second.name, second.cid) == ("second", TWO)
-    assert (mine.name, mine.cid) == ("mine", THREE)
-    assert (local.name, local.cid, local.source) == ("local", None, tmp_path / "x.car")
+    assert (second.name, second.where) == ("second", IpfsPath(TWO))
+    assert (mine.name, mine.where) == ("mine", IpfsPath(THREE))
+    assert (local.name, local.where, local.source) == ("local", None, tmp_path / "x.car")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,10 @@ def test_a_policy_that_is_no_function(catalog: Catalog, policy: str) -> None:
 def test_while_the_backend_is_away_the_last_run_counts(tmp_path: Path) -> None:
     Catalog(tmp_path, REGISTRY).remember({"mine": THREE})
     away = Catalog(tmp_path, None)
-    assert [it.cid for it in away.choose(["second", "mine"], "first")] == [TWO, THREE]
+    assert [it.where for it in away.choose(["second", "mine"], "first")] == [
+        IpfsPath(TWO),
+        IpfsPath(THREE),
+    ]
     back = Catalog(tmp_path, [])
     with pytest.raises(UnknownAdapter):  # the registry's word is newer
         back.choose(["second"], "first")
@@ -112,7 +116,7 @@ def test_a_memory_that_can_not_be_kept_is_no_reason_not_to_serve(tmp_path: Path)
 
 def test_the_shipped_adapters_are_known_without_anything(tmp_path: Path) -> None:
     found = Catalog(tmp_path, None).choose(["legal", "medical"], "first")
-    assert {it.name: str(it.cid) for it in found} == shipped.cids()
+    assert {it.name: str(it.where) for it in found} == shipped.cids()
     assert names(Catalog(tmp_path, []), ["all"]) == list(shipped.cids())
 
 

@@ -1,29 +1,36 @@
 """From a CID to an adapter in the store, or to nothing at all."""
 
 import asyncio
-import os
-import subprocess
-import sys
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
-from r3mes_vllm.adapters import shipped, supply
+from r3mes_vllm.adapters import shipped, supply, vetting
 from r3mes_vllm.adapters.model_shape import ModelShape
-from r3mes_vllm.adapters.store import Store
-from r3mes_vllm.adapters.supply import Supply
+from r3mes_vllm.adapters.store import MANIFEST, Store
+from r3mes_vllm.adapters.supply import Obtained, Supply
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
 from r3mes_vllm.errors import (
     AdapterError,
+    AdapterNotReady,
     AdapterRefused,
     BadCAR,
+    BadDAG,
     BlockMismatch,
     ContentNotFound,
+    ContentTooLarge,
 )
 from r3mes_vllm.ipfs import fetch as ipfs_fetch
 from r3mes_vllm.ipfs.cid import CID, RAW
 from r3mes_vllm.ipfs.pack import pack
+from r3mes_vllm.ipfs.path import IpfsPath
+from r3mes_vllm.ipfs.tree import Limits
 from tests import tiny
+from tests.peers import gateway
 from tests.peers.js_ipfs import JsIpfs
 
 NOWHERE = "http://127.0.0.1:9"
@@ -51,7 +58,7 @@ async def test_from_the_daemon_to_the_store(store: Store, js_ipfs: JsIpfs, tmp_p
     assert got.fetched
     assert got.facts.rank == 4
     assert str(cid) in str(got.path)
-    assert files(got.path) == [CONFIG, WEIGHTS]
+    assert files(got.path) == [CONFIG, WEIGHTS, MANIFEST]
     assert (got.path / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
     again = await supplied(store).obtain(cid)  # from nowhere: it is here
     assert not again.fetched
@@ -83,7 +90,7 @@ async def test_a_car_with_a_changed_byte_is_refused_by_name_and_nothing_is_kept(
     (tmp_path / "mine.car").write_bytes(data)
     with pytest.raises(BlockMismatch, match=r"mine\.car"):
         await supplied(store).import_path(tmp_path / "mine.car")
-    assert store.cids() == []
+    assert store.stored() == []
 
 
 async def test_what_is_vetoed_is_not_kept(store: Store, tmp_path: Path) -> None:
@@ -92,7 +99,7 @@ async def test_what_is_vetoed_is_not_kept(store: Store, tmp_path: Path) -> None:
     with pytest.raises(AdapterRefused) as caught:
         await supplied(store).import_path(adapter)
     assert caught.value.rule == "kind_is_lora"
-    assert store.cids() == []
+    assert store.stored() == []
     assert files(tmp_path / "cache" / "incoming") == []
 
 
@@ -101,9 +108,10 @@ async def test_with_the_vetting_off_it_would_be_kept(
 ) -> None:
     adapter = tiny.make_adapter(tmp_path / "mine", seed=3)
     (adapter / CONFIG).write_text("{}")
-    monkeypatch.setattr(supply, "vet", lambda *_, **__: None)
+    facts = vetting.Adapter(8, 8.0, 1, 1, "")
+    monkeypatch.setattr(supply, "vet", lambda *_, **__: facts)
     await supplied(store).import_path(adapter)
-    assert len(store.cids()) == 1
+    assert len(store.stored()) == 1
 
 
 async def test_a_stored_adapter_must_fit_todays_base_model(store: Store, tmp_path: Path) -> None:
@@ -118,11 +126,78 @@ async def test_one_that_nobody_has(store: Store) -> None:
         await supplied(store).obtain(CID.of(RAW, b"nobody has this"))
 
 
-async def test_a_lone_file_is_no_adapter(store: Store, tmp_path: Path) -> None:
+async def test_a_lone_file_that_is_no_adapter(store: Store, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 300_000)
     pack(tmp_path / "file", tmp_path / "file.car")
-    with pytest.raises(AdapterRefused, match="not a directory"):
+    with pytest.raises(AdapterRefused, match="neither an archive nor safetensors"):
         await supplied(store).import_path(tmp_path / "file.car")
+    assert store.stored() == []
+
+
+async def test_lone_weights_are_an_adapter_with_a_note(store: Store, tmp_path: Path) -> None:
+    adapter = tiny.make_adapter(tmp_path / "mine", seed=3, rank=4)
+    pack(adapter / WEIGHTS, tmp_path / "weights.car")
+    got = await supplied(store).import_path(tmp_path / "weights.car")
+    assert (got.facts.rank, got.facts.alpha) == (4, 4.0)
+    assert "lora_alpha as large" in got.facts.warnings[0]
+    got.lease.release()
+    again = await supplied(store).obtain(got.cid)
+    assert again.facts.warnings == got.facts.warnings
+
+
+async def test_lone_weights_may_carry_their_configuration(store: Store, tmp_path: Path) -> None:
+    told = {"lora_adapter_metadata": json.dumps(tiny.config(rank=4) | {"lora_alpha": 32})}
+    save_file(tiny.tensors(seed=1, rank=4), tmp_path / "x.safetensors", metadata=told)
+    got = await supplied(store).import_path(tmp_path / "x.safetensors")
+    assert (got.facts.rank, got.facts.alpha) == (4, 32.0)
+
+
+def archived(adapter: Path, kind: str) -> Path:
+    form = {"tar": "tar", "tar.gz": "gztar", "zip": "zip"}[kind]
+    base = str(adapter.parent / "archive")
+    return Path(shutil.make_archive(base, form, adapter.parent, adapter.name))
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+async def test_an_archive_is_unpacked(store: Store, tmp_path: Path, kind: str) -> None:
+    adapter = tiny.make_adapter(tmp_path / "mine", seed=3)
+    archive = archived(adapter, kind)
+    got = await supplied(store).import_path(archive)
+    assert got.cid == pack(archive, tmp_path / "archive.car")
+    assert (got.path / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+    (tmp_path / "folder").mkdir()
+    shutil.move(archive, tmp_path / "folder")  # as `ipfs add -w` wraps a file
+    wrapped = await supplied(store).import_path(tmp_path / "folder")
+    assert wrapped.cid != got.cid
+    assert files(wrapped.path) == [CONFIG, WEIGHTS, MANIFEST]
+
+
+async def test_an_archive_is_unpacked_under_the_same_limits(store: Store, tmp_path: Path) -> None:
+    archive = archived(tiny.make_adapter(tmp_path / "mine", seed=3), "tar.gz")
+    small = Supply(
+        store, ipfs_api=NOWHERE, gateways=[], limits=Limits(bytes=archive.stat().st_size + 9)
+    )
+    with pytest.raises(ContentTooLarge):
+        await small.import_path(archive)
+    assert store.stored() == []
+
+
+async def test_a_path_inside_a_cid(store: Store, tmp_path: Path) -> None:
+    outer = tmp_path / "outer"
+    adapter = tiny.make_adapter(outer / "a" / "b", seed=3)
+    tiny.make_adapter(outer / "c", seed=4)
+    published = gateway.packed(outer)
+    cid = pack(adapter, tmp_path / "inner.car")
+    server = gateway.Gateway(published)
+    async with gateway.listening(server) as source:
+        supply = Supply(store, ipfs_api=NOWHERE, gateways=[source.name])
+        got = await supply.obtain(IpfsPath.parse(f"/ipfs/{published.root}/a/b"))
+        assert got.cid == cid
+        asked = len(server.asked)
+        assert asked < len(published.blocks)  # the other adapter was not fetched
+        for wrong, error in (("a/x", "no a/x in"), (f"c/{CONFIG}/d", "is a file")):
+            with pytest.raises(BadDAG, match=error):
+                await supply.obtain(IpfsPath.parse(f"{published.root}/{wrong}"))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a car at all"])
@@ -132,48 +207,101 @@ async def test_a_file_that_is_no_car(store: Store, tmp_path: Path, data: bytes) 
         await supplied(store).import_path(tmp_path / "x.car")
 
 
-async def test_many_who_want_one_adapter_make_one_fetch(
+class Counted:
+    """The fetch, counted, and held until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fetches: list[CID] = []
+        self.cancelled = 0
+        self.go_on = asyncio.Event()
+        self._real = ipfs_fetch.fetch
+        monkeypatch.setattr(supply, "fetch", self)
+
+    async def __call__(self, cid: CID, *args: object, **kwargs: object) -> Path:
+        self.fetches.append(cid)
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return await self._real(cid, *args, **kwargs)  # type: ignore[arg-type]
+
+
+async def test_a_hundred_who_want_one_adapter_make_one_fetch_whoever_leaves(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = tiny.make_adapter(tmp_path / "mine", seed=3)
-    fetches, real = [], ipfs_fetch.fetch
+    published = gateway.packed(tiny.make_adapter(tmp_path / "mine", seed=3))
+    counted = Counted(monkeypatch)
+    async with gateway.listening(gateway.Gateway(published)) as source:
+        one = Supply(store, ipfs_api=NOWHERE, gateways=[source.name], base=BASE)
+        wanted = [asyncio.create_task(one.obtain(published.root)) for _ in range(100)]
+        await until(lambda: bool(counted.fetches))
+        for task in wanted[::2]:
+            task.cancel()
+        counted.go_on.set()
+        got = await asyncio.gather(*wanted, return_exceptions=True)
+    assert all(isinstance(it, asyncio.CancelledError) for it in got[::2])
+    assert len({it.path for it in got[1::2] if isinstance(it, Obtained)}) == 1
+    assert counted.fetches == [published.root]
+    assert counted.cancelled == 0
 
-    async def counted(cid: CID, *args: object, **kwargs: object) -> None:
-        fetches.append(cid)
-        await real(cid, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(supply, "fetch", counted)
-    wanted = [supplied(store).import_path(adapter) for _ in range(10)]
-    got = await asyncio.gather(*wanted)
-    assert len({it.path for it in got}) == 1
-    assert len(fetches) == 1
-
-
-def test_a_lease_ends_with_its_process(store: Store, tmp_path: Path) -> None:
+async def test_when_the_last_who_wanted_it_leaves_the_fetch_ends(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, one = Counted(monkeypatch), supplied(store)
     cid = CID.of(RAW, b"x")
-    (tmp_path / "cache" / "adapters" / str(cid)).mkdir()
-    lease = store.lease(cid)
-    assert lease is not None
-    script = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    lock = str(tmp_path / "cache" / "locks" / str(cid))
+    wanted = [asyncio.create_task(one.obtain(cid)) for _ in range(3)]
+    await until(lambda: bool(counted.fetches))
+    for task in wanted:
+        task.cancel()
+    await asyncio.gather(*wanted, return_exceptions=True)
+    assert counted.cancelled == 1
 
-    def taken() -> bool:
-        run = subprocess.run([sys.executable, "-c", script, lock], capture_output=True)
-        return run.returncode != 0
 
-    assert taken()
-    lease.release()
-    assert not taken()
+async def test_only_so_many_fetches_run_and_only_so_many_wait(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    one = Supply(store, ipfs_api=NOWHERE, gateways=[], at_once=2, waiting=3)
+    cids = [CID.of(RAW, bytes([number])) for number in range(4)]
+    wanted = [asyncio.create_task(one.obtain(cid)) for cid in cids[:3]]
+    await until(lambda: len(counted.fetches) == 2)
+    with pytest.raises(AdapterNotReady, match="3 adapters are being fetched"):
+        await one.obtain(cids[3])
+    assert len(counted.fetches) == 2
+    for task in wanted:
+        task.cancel()
+    await asyncio.gather(*wanted, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_liar_is_left_alone_in_the_next_fetch_too(store: Store, tmp_path: Path) -> None:
+    published = gateway.packed(tiny.make_adapter(tmp_path / "mine", seed=3))
+    liar = gateway.Gateway(published, gateway.flip)
+    async with gateway.listening(liar) as source:
+        one = Supply(store, ipfs_api=NOWHERE, gateways=[source.name])
+        with pytest.raises(BlockMismatch, match=source.name):
+            await one.obtain(published.root)
+        asked = len(liar.asked)
+        with pytest.raises(ContentNotFound, match="left alone"):
+            await one.obtain(published.root)
+        assert len(liar.asked) == asked
+
+
+async def test_what_is_fetched_can_be_pinned(store: Store, js_ipfs: JsIpfs, tmp_path: Path) -> None:
+    cid = CID.parse(js_ipfs.add(tiny.make_adapter(tmp_path / "mine", seed=7)))
+    assert str(cid) not in js_ipfs.pins()
+    await Supply(store, ipfs_api=js_ipfs.api, gateways=[], pin=True).obtain(cid)
+    assert str(cid) in js_ipfs.pins()
 
 
 def test_a_cache_that_can_not_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AdapterError, match="can't use the cache"):
         Store(tmp_path / "file")
-
-
-def test_an_unfinished_fetch_is_no_adapter(store: Store, tmp_path: Path) -> None:
-    cid = CID.of(RAW, b"x")
-    os.makedirs(tmp_path / "cache" / "incoming" / str(cid) / "commit")
-    assert store.lease(cid) is None
-    assert store.cids() == []

@@ -9,7 +9,6 @@ from safetensors import safe_open
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS, vet
 from r3mes_vllm.engine.base_model import EMBEDDED
-from r3mes_vllm.ipfs.blockstore import BlockStore
 from r3mes_vllm.ipfs.car import root_of
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.fetch import fetch
@@ -23,10 +22,8 @@ ADAPTERS = pytest.mark.parametrize("adapter", shipped.adapters(), ids=lambda it:
 
 
 async def unpack(adapter: shipped.Shipped, tmp_path: Path) -> Path:
-    files = tmp_path / adapter.name
-    blocks = BlockStore(tmp_path / "blocks")
-    await fetch(CID.parse(adapter.cid), files, blocks=blocks, sources=[CarSource(adapter.car)])
-    return files
+    cid = CID.parse(adapter.cid)
+    return await fetch(cid, tmp_path / "fetch", sources=[CarSource(adapter.car)])
 
 
 def test_the_demo_has_both() -> None:

@@ -33,6 +33,8 @@ def read(data: bytes, step: int = 1 << 16) -> list[car.Block]:
     for at in range(0, len(data), step):
         found += reader.feed(data[at : at + step])
     reader.close()
+    for cid, block in found:
+        cid.check(block, "sender")
     assert reader.roots == (ROOT,)
     return found
 

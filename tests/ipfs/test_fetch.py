@@ -1,218 +1,169 @@
-"""Fetching from an honest gateway and from liars: what is refused, and that nothing of it stays."""
+"""Fetching: from honest gateways and from liars, racing, going on where it stopped."""
 
 import asyncio
-import gzip
-import io
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import RedirectResponse, Response
 
-from r3mes_vllm.errors import (
-    BadDAG,
-    BlockMismatch,
-    ContentNotFound,
-    ContentTooLarge,
-    IpfsError,
-)
-from r3mes_vllm.ipfs import car, unixfs, varint
+from r3mes_vllm.errors import BlockMismatch, ContentNotFound, IpfsError, StorageFull
+from r3mes_vllm.ipfs import car
+from r3mes_vllm.ipfs import fetch as fetching
 from r3mes_vllm.ipfs.blockstore import BlockStore
-from r3mes_vllm.ipfs.cid import CID, DAG_PB, RAW
+from r3mes_vllm.ipfs.cid import CID, RAW
 from r3mes_vllm.ipfs.fetch import Progress, fetch
-from r3mes_vllm.ipfs.pack import CHUNK, pack
-from r3mes_vllm.ipfs.sources import CarSource, GatewaySource
+from r3mes_vllm.ipfs.sources import BlocksSource, CarSource, GatewaySource
 from r3mes_vllm.ipfs.tree import Limits
-from r3mes_vllm.ipfs.unixfs import Link
-from tests.programs import free_port
+from tests.peers import gateway as gateways
+from tests.peers.gateway import LIES, Blocks, Gateway, Published, listening, publish
 
-Blocks = list[car.Block]
-
-
-@dataclass
-class Published:
-    root: CID
-    blocks: Blocks
-    folder: Path
+SHORT = Limits(bytes=8 << 20, stall_s=0.5)
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> Published:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "weights").write_bytes(os.urandom(5 * CHUNK + 17))
-    root = pack(folder, tmp_path / "folder.car")
-    return Published(root, list(car.read_file(tmp_path / "folder.car")), folder)
-
-
-@dataclass
-class Gateway:
-    """A trustless gateway on loopback; `lie` changes the blocks of a CAR or replaces the answer."""
-
-    published: Published
-    lie: Callable[[Blocks], Blocks | Response] | None = None
-    asked: list[str] = field(default_factory=list)
-
-    async def answer(self, request: Request) -> Response:
-        cid = CID.parse(request.path_params["cid"])
-        form = request.query_params["format"]
-        self.asked.append(form)
-        found = [block for block in self.published.blocks if form == "car" or block[0] == cid]
-        if not found:
-            return Response("not found", 404)
-        told = self.lie(found) if self.lie else found
-        if isinstance(told, Response):
-            return told
-        if form == "raw":
-            return Response(told[0][1], media_type="application/vnd.ipld.raw")
-        file = io.BytesIO()
-        car.write(file, cid, told)
-        return Response(file.getvalue(), media_type="application/vnd.ipld.car")
-
-
-@asynccontextmanager
-async def listening(gateway: Gateway) -> AsyncIterator[GatewaySource]:
-    app = Starlette(routes=[Route("/ipfs/{cid}", gateway.answer)])
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", lifespan="off"))
-    server.capture_signals = nullcontext  # type: ignore[assignment,method-assign]
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    try:
-        yield GatewaySource(f"http://127.0.0.1:{port}")
-    finally:
-        server.should_exit = server.force_exit = True
-        await task
-
-
-def same(published: Published, into: Path) -> bool:
-    return all(
-        (into / path.name).read_bytes() == path.read_bytes() for path in published.folder.iterdir()
-    )
-
-
-def kept(folder: Path) -> Iterable[bytes]:
-    return [path.read_bytes() for path in folder.iterdir()]
+    return publish(tmp_path / "folder")
 
 
 async def test_an_honest_gateway(published: Published, tmp_path: Path) -> None:
     gateway, seen = Gateway(published), list[Progress]()
     async with listening(gateway) as source:
-        await fetch(
-            published.root,
-            tmp_path / "into",
-            blocks=BlockStore(tmp_path / "blocks"),
-            sources=[source],
-            progress=seen.append,
+        got = await fetch(
+            published.root, tmp_path / "fetch", sources=[source], progress=seen.append
         )
-    assert same(published, tmp_path / "into")
+    assert published.into(got)
     assert gateway.asked == ["car"]
-    assert seen[-1].bytes_verified == sum(len(data) for _, data in published.blocks)
+    assert seen[-1].bytes_verified == seen[-1].bytes_declared
+    assert seen[-1].bytes_declared == sum(p.stat().st_size for p in published.folder.iterdir())
     assert seen[-1].source == source.name
-
-
-def flip(blocks: Blocks) -> Blocks:
-    cid, data = blocks[-1]
-    return [*blocks[:-1], (cid, bytes([data[0] ^ 1]) + data[1:])]
-
-
-def swap(blocks: Blocks) -> Blocks:
-    return [*blocks[:-1], (blocks[-1][0], blocks[0][1] + b"x")]
-
-
-def compress(blocks: Blocks) -> Response:
-    file = io.BytesIO()
-    car.write(file, blocks[0][0], blocks)
-    return Response(gzip.compress(file.getvalue()), headers={"content-encoding": "gzip"})
-
-
-def endless(blocks: Blocks) -> Response:
-    head = io.BytesIO()
-    car.write(head, blocks[0][0], [])
-
-    async def body() -> AsyncIterator[bytes]:
-        yield head.getvalue()
-        for number in range(1 << 30):
-            data = number.to_bytes(4, "big") * (1 << 18)
-            name = bytes(CID.of(RAW, data))
-            yield varint.encode(len(name) + len(data)) + name + data
-            await asyncio.sleep(0)
-
-    return StreamingResponse(body())
-
-
-def stalled(blocks: Blocks) -> Response:
-    async def body() -> AsyncIterator[bytes]:
-        yield b"\x3a"
-        await asyncio.sleep(3600)
-
-    return StreamingResponse(body())
-
-
-LIES: dict[str, Callable[[Blocks], Blocks | Response]] = {
-    "flip": flip,
-    "swap": swap,
-    "gzip": compress,
-    "endless": endless,
-    "stalled": stalled,
-    "redirect": lambda _: RedirectResponse("http://127.0.0.1:9/elsewhere"),
-    "429": lambda _: Response(status_code=429, headers={"retry-after": "7"}),
-    "html": lambda _: Response("<html>captcha</html>"),
-    "empty": lambda _: Response(b""),
-    "500": lambda _: Response("[Gateway Error: Response truncated", 500),
-}
 
 
 @pytest.mark.parametrize("lie", LIES)
 async def test_a_liar_is_named_and_nothing_of_it_is_kept(
-    published: Published, tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
+    published: Published, tmp_path: Path, lie: str
 ) -> None:
-    monkeypatch.setattr("r3mes_vllm.ipfs.sources._STALL_S", 0.5)
-    monkeypatch.setattr("r3mes_vllm.ipfs.fetch._WAITING_LIMIT", 1 << 20)
-    limits = Limits(bytes=8 << 20)
-    blocks = BlockStore(tmp_path / "blocks")
+    folder = tmp_path / "fetch"
     async with listening(Gateway(published, LIES[lie])) as liar:
         with pytest.raises(IpfsError) as caught:
-            await fetch(
-                published.root, tmp_path / "into", blocks=blocks, sources=[liar], limits=limits
-            )
+            await fetch(published.root, folder, sources=[liar], limits=SHORT)
         assert liar.name in str(caught.value)
-        assert isinstance(caught.value, BlockMismatch if lie in ("flip", "swap") else IpfsError)
-        assert not (tmp_path / "into").exists()
-        honest_bytes = [data for _, data in published.blocks]
-        assert all(data in honest_bytes for data in kept(tmp_path / "blocks"))
+        lied = lie in ("flip", "swap", "not html", "empty")
+        assert isinstance(caught.value, BlockMismatch if lied else ContentNotFound)
+        assert bool(liar.standing.lies) == lied
+        honest_bytes = b"".join(data for _, data in published.blocks)
+        kept = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+        assert all(data.strip(b"\0") in honest_bytes for data in kept)
         async with listening(Gateway(published)) as honest:  # and another has it
-            await fetch(
-                published.root,
-                tmp_path / "into",
-                blocks=blocks,
-                sources=[liar, honest],
-                limits=limits,
-            )
-    assert same(published, tmp_path / "into")
+            got = await fetch(published.root, folder, sources=[liar, honest], limits=SHORT)
+    assert published.into(got)
 
 
 async def test_with_the_check_off_the_flipped_byte_is_served(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CID, "matches", lambda self, data: True)
-    async with listening(Gateway(published, flip)) as liar:
-        await fetch(
-            published.root,
-            tmp_path / "into",
-            blocks=BlockStore(tmp_path / "blocks"),
-            sources=[liar],
+    async with listening(Gateway(published, gateways.flip)) as liar:
+        got = await fetch(published.root, tmp_path / "fetch", sources=[liar])
+    assert not published.into(got)
+
+
+async def test_a_liar_is_left_alone_for_twice_as_long_each_time(
+    published: Published, tmp_path: Path
+) -> None:
+    gateway = Gateway(published, gateways.flip)
+    async with listening(gateway) as liar:
+        for time_s in (60, 120, 240):
+            with pytest.raises(BlockMismatch):
+                await fetch(published.root, tmp_path / "fetch", sources=[liar])
+            assert time_s - 2 < liar.standing.wait_s <= time_s
+            asked = len(gateway.asked)
+            with pytest.raises(ContentNotFound, match="left alone"):
+                await fetch(published.root, tmp_path / "fetch", sources=[liar])
+            assert len(gateway.asked) == asked
+            liar.standing.until = 0
+
+
+@pytest.mark.parametrize("lie", [gateways.truncate, gateways.truncate_with_words])
+async def test_what_came_before_the_end_is_kept_and_the_rest_asked_for_by_name(
+    published: Published, tmp_path: Path, lie: gateways.Lie
+) -> None:
+    gateway = Gateway(published, lambda blocks: lie(blocks) if len(blocks) > 1 else blocks)
+    async with listening(gateway) as source:
+        got = await fetch(published.root, tmp_path / "fetch", sources=[source])
+    assert published.into(got)
+    assert source.standing.lies == 0
+    assert 0 < gateway.asked.count("raw") < len(published.blocks)
+
+
+async def test_a_pause_that_is_asked_for_is_made(published: Published, tmp_path: Path) -> None:
+    times: list[float] = []
+
+    def busy_once(blocks: Blocks) -> Blocks | Response:
+        times.append(time.monotonic())
+        if len(times) == 1:
+            return Response(status_code=429, headers={"retry-after": "2"})
+        return blocks
+
+    async with listening(Gateway(published, busy_once)) as source:
+        got = await fetch(published.root, tmp_path / "fetch", sources=[source])
+    assert published.into(got)
+    assert times[1] - times[0] >= 2
+
+
+async def test_a_gateway_may_send_on_to_a_host_below_its_own(
+    published: Published, tmp_path: Path
+) -> None:
+    async with listening(Gateway(published)) as honest:
+        port = honest.name.rpartition(":")[2]
+
+        def below(blocks: Blocks) -> Response:
+            kind = "car" if len(blocks) > 1 else "raw"
+            to = f"http://cid.localhost:{port}/ipfs/{blocks[0][0]}?format={kind}"
+            return RedirectResponse(to)
+
+        first = Gateway(published, below)
+        async with listening(first) as source:
+            other = GatewaySource(source.name.replace("127.0.0.1", "localhost"))
+            # another port is another service
+            with pytest.raises(ContentNotFound, match="sends elsewhere"):
+                await fetch(published.root, tmp_path / "fetch", sources=[other])
+
+
+async def test_a_slow_source_is_overtaken(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_HEDGE_S", 0.3)
+    slow, quick = Gateway(published, gateways.trickle), Gateway(published)
+    seen: list[Progress] = []
+    async with listening(slow) as first, listening(quick) as second:
+        began = time.monotonic()
+        got = await fetch(
+            published.root, tmp_path / "fetch", sources=[first, second], progress=seen.append
         )
-    assert not same(published, tmp_path / "into")
+    assert time.monotonic() - began < 5  # the first alone would need half a day
+    assert published.into(got)
+    assert seen[-1].source == second.name
+
+
+async def test_a_quick_source_is_not_blasted_together_with_others(
+    published: Published, tmp_path: Path
+) -> None:
+    quick, other = Gateway(published), Gateway(published)
+    async with listening(quick) as first, listening(other) as second:
+        await fetch(published.root, tmp_path / "fetch", sources=[first, second])
+    assert other.asked == []
+
+
+async def test_two_that_have_a_half_each_are_enough(published: Published, tmp_path: Path) -> None:
+    half = len(published.blocks) // 2
+    with_first = Published(published.root, published.blocks[:half], published.folder)
+    with_second = Published(published.root, published.blocks[half:], published.folder)
+    async with listening(Gateway(with_second)) as a, listening(Gateway(with_first)) as b:
+        got = await fetch(published.root, tmp_path / "fetch", sources=[a, b])
+    assert published.into(got)
 
 
 @pytest.mark.parametrize(
@@ -230,202 +181,141 @@ async def test_order_doubles_extras_and_gaps_do_no_harm(
     published: Published, tmp_path: Path, order: Callable[[Blocks], Blocks]
 ) -> None:
     async with listening(Gateway(published, order)) as source:
-        await fetch(
-            published.root,
-            tmp_path / "into",
-            blocks=BlockStore(tmp_path / "blocks"),
-            sources=[source],
-        )
-    assert same(published, tmp_path / "into")
-    assert b"not asked for" not in kept(tmp_path / "blocks")
+        got = await fetch(published.root, tmp_path / "fetch", sources=[source])
+    assert published.into(got)
+    kept = [path.read_bytes() for path in (tmp_path / "fetch").rglob("*") if path.is_file()]
+    assert b"not asked for" not in kept
 
 
-async def test_what_was_kept_is_not_fetched_again(published: Published, tmp_path: Path) -> None:
-    where = tmp_path / "blocks"
-    first = BlockStore(where)
-    for cid, data in published.blocks[:-2]:
-        first.put(cid, data, "an earlier run")
+@pytest.mark.parametrize("roots", [[], [CID.of(RAW, b"another")]])
+async def test_roots_that_are_wrong_or_missing_do_no_harm(
+    published: Published, tmp_path: Path, roots: list[CID]
+) -> None:
+    def rooted(blocks: Blocks) -> Blocks | Response:
+        if len(blocks) == 1:
+            return blocks
+        whole = gateways.car_of(blocks)
+        if roots:
+            return Response(whole.replace(bytes(blocks[0][0]), bytes(roots[0]), 1))
+        header = b"\xa2eroots\x80gversion\x01"
+        return Response(bytes([len(header)]) + header + whole[1 + whole[0] :])
+
+    gateway = Gateway(published, rooted)
+    async with listening(gateway) as source:
+        got = await fetch(published.root, tmp_path / "fetch", sources=[source])
+    assert published.into(got)
+    assert gateway.asked == ["car"]
+
+
+async def stopped_after(published: Published, folder: Path, blocks: int) -> None:
+    """A fetch of which only so many blocks came."""
+    partial = Published(published.root, published.blocks[:blocks], published.folder)
+    async with listening(Gateway(partial)) as source:
+        with pytest.raises(ContentNotFound):
+            await fetch(published.root, folder, sources=[source])
+
+
+async def test_what_came_is_not_fetched_again(published: Published, tmp_path: Path) -> None:
+    await stopped_after(published, tmp_path / "fetch", len(published.blocks) - 2)
     gateway = Gateway(published)
     async with listening(gateway) as source:
-        await fetch(published.root, tmp_path / "into", blocks=BlockStore(where), sources=[source])
+        got = await fetch(published.root, tmp_path / "fetch", sources=[source])
     assert gateway.asked == ["raw", "raw"]
-    assert same(published, tmp_path / "into")
+    assert published.into(got)
 
 
-@pytest.mark.parametrize("damage", [b"", b"another"])
-async def test_a_block_damaged_on_disk_is_fetched_again(
-    published: Published, tmp_path: Path, damage: bytes
+async def test_what_is_damaged_on_disk_meanwhile_is_fetched_again(
+    published: Published, tmp_path: Path
 ) -> None:
-    where = tmp_path / "blocks"
-    first = BlockStore(where)
-    for cid, data in published.blocks:
-        first.put(cid, data, "an earlier run")
-    path = where / published.blocks[-1][0].multihash.hex()
-    path.write_bytes(damage)
+    folder = tmp_path / "fetch"
+    await stopped_after(published, folder, len(published.blocks) - 1)
+    weights = folder / "files" / "weights"
+    data = bytearray(weights.read_bytes())
+    data[5] ^= 1
+    weights.write_bytes(data + b"more")
+    for node in (folder / "nodes").rglob("*.data"):
+        node.write_bytes(b"damaged")
     async with listening(Gateway(published)) as source:
-        await fetch(published.root, tmp_path / "into", blocks=BlockStore(where), sources=[source])
-    assert same(published, tmp_path / "into")
+        got = await fetch(published.root, folder, sources=[source])
+    assert published.into(got)
 
 
 async def test_nobody_has_it(published: Published, tmp_path: Path) -> None:
     empty = Gateway(Published(published.root, [], published.folder))
     async with listening(empty) as source:
-        with pytest.raises(ContentNotFound, match=f"{published.root}.*404"):
+        sources = [source, GatewaySource("http://127.0.0.1:9"), GatewaySource("no url")]
+        with pytest.raises(ContentNotFound, match=f"{published.root}.*404") as caught:
+            await fetch(published.root, tmp_path / "fetch", sources=sources)
+    assert "127.0.0.1:9" in str(caught.value)
+    assert "publisher online" in caught.value.hint
+
+
+async def test_the_time_in_all_is_limited(published: Published, tmp_path: Path) -> None:
+    async with listening(Gateway(published, pause_s=60)) as source:
+        with pytest.raises(ContentNotFound, match=r"within 0\.3 s"):
             await fetch(
-                published.root,
-                tmp_path / "into",
-                blocks=BlockStore(tmp_path / "blocks"),
-                sources=[source, GatewaySource("http://127.0.0.1:9")],
+                published.root, tmp_path / "fetch", sources=[source], limits=Limits(total_s=0.3)
             )
 
 
-async def test_a_cancelled_fetch_leaves_no_folder(
-    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_cancelled_fetch_ends_at_once_and_can_go_on(
+    published: Published, tmp_path: Path
 ) -> None:
-    async with listening(Gateway(published, stalled)) as source:
-        task = asyncio.create_task(
-            fetch(
-                published.root,
-                tmp_path / "into",
-                blocks=BlockStore(tmp_path / "blocks"),
-                sources=[source],
-            )
-        )
-        await asyncio.sleep(0.2)
+    async with listening(Gateway(published, gateways.stall)) as source:
+        task = asyncio.create_task(fetch(published.root, tmp_path / "fetch", sources=[source]))
+        await asyncio.sleep(0.3)
         task.cancel()
+        began = time.monotonic()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert not [path for path in tmp_path.iterdir() if "into" in path.name]
+    assert time.monotonic() - began < 2
+    async with listening(Gateway(published)) as source:
+        assert published.into(await fetch(published.root, tmp_path / "fetch", sources=[source]))
 
 
-# Trees that are verified and still hostile.
-
-
-def node(links: list[Link], data: bytes) -> car.Block:
-    block = unixfs._encode_node(links, data)
-    return CID.of(DAG_PB, block), block
-
-
-def raw(data: bytes) -> car.Block:
-    return CID.of(RAW, data), data
-
-
-def directory(*entries: tuple[str, CID]) -> car.Block:
-    return node([Link(cid, name, 0) for name, cid in entries], b"\x08\x01")
-
-
-LEAF = raw(b"leaf")
-FILE_OF_4 = b"\x08\x02\x18\x04\x20\x04"
-
-
-def bombs() -> Iterable[tuple[str, type[IpfsError], Blocks]]:
-    for name in ("..", ".", "a/b", "a\\b", "a\0b", "", "x" * 256):
-        yield f"name {name[:5]!r}", BadDAG, [directory((name, LEAF[0])), LEAF]
-    for twins in (("a", "a"), ("a", "A"), ("\u00e9", "e\u0301"), ("\u212b", "\u00e5")):
-        yield f"twins {twins}", BadDAG, [directory(*((name, LEAF[0]) for name in twins)), LEAF]
-    yield "symlink", BadDAG, [node([], b"\x08\x04\x12\x0b/etc/passwd")]
-    yield "no unixfs", BadDAG, [node([], b"")]
-    yield "metadata", BadDAG, [node([], b"\x08\x03")]
-    yield "more sizes than links", BadDAG, [node([], FILE_OF_4)]
-    yield "named part", BadDAG, [node([Link(LEAF[0], "x", 4)], FILE_OF_4), LEAF]
-    yield (
-        "wrong filesize",
-        BadDAG,
-        [node([Link(LEAF[0], "", 4)], b"\x08\x02\x18\x05\x20\x04"), LEAF],
-    )
-    yield (
-        "wrong blocksize",
-        BadDAG,
-        [node([Link(LEAF[0], "", 4)], b"\x08\x02\x18\x05\x20\x05"), LEAF],
-    )
-    yield (
-        "a directory in a file",
-        BadDAG,
-        [
-            node([Link(directory()[0], "", 4)], FILE_OF_4),
-            directory(),
-        ],
-    )
-    yield "bad fanout", BadDAG, [node([], b"\x08\x05\x30\x07")]
-    shards = [node([], b"\x08\x05\x30\x80\x02")]
-    for _ in range(20):
-        shards.append(
-            node([Link(shards[-1][0], f"{i:02X}", 0) for i in range(3)], b"\x08\x05\x30\x80\x02")
-        )
-    yield "shards of shards", BadDAG, shards[::-1]
-    huge = varint.encode(1 << 40)
-    yield (
-        "a terabyte",
-        ContentTooLarge,
-        [
-            node([Link(LEAF[0], "", 4)], b"\x08\x02\x18" + huge + b"\x20" + huge),
-            LEAF,
-        ],
-    )
-    deep = [directory()]
-    for _ in range(40):
-        deep.append(directory(("d", deep[-1][0])))
-    yield "too deep", ContentTooLarge, deep[::-1]
-    wide = [LEAF]
-    for _ in range(20):
-        wide.append(directory(*((str(i), wide[-1][0]) for i in range(10))))
-    yield "a tree of trees", ContentTooLarge, wide[::-1]
-    doubled = [raw(b"x" * 1024)]
-    size = 1024
-    for _ in range(40):
-        part = varint.encode(size)
-        size *= 2
-        data = b"\x08\x02\x18" + varint.encode(size) + b"\x20" + part + b"\x20" + part
-        doubled.append(node([Link(doubled[-1][0], "", 0)] * 2, data))
-    yield "one leaf a billion times", ContentTooLarge, doubled[::-1]
-
-
-@pytest.mark.parametrize(
-    ("error", "blocks"), [it[1:] for it in bombs()], ids=[it[0] for it in bombs()]
-)
-async def test_a_hostile_tree_is_refused(
-    tmp_path: Path, error: type[IpfsError], blocks: Blocks
+async def test_a_full_disk_is_said_and_what_came_stays(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "hostile.car"
-    with path.open("wb") as file:
-        car.write(file, blocks[0][0], blocks)
-    with pytest.raises(error):
-        await fetch(
-            blocks[0][0],
-            tmp_path / "into",
-            blocks=BlockStore(tmp_path / "blocks"),
-            sources=[CarSource(path)],
-            limits=Limits(bytes=64 << 20, files=200, total_s=20),
-        )
-    assert not (tmp_path / "into").exists()
+    real, left = os.pwrite, [3 << 18]
+
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr("r3mes_vllm.ipfs.direct.os.pwrite", full)
+    monkeypatch.setattr(fetching, "_BATCH", 1 << 18)
+    async with listening(Gateway(published)) as source:
+        with pytest.raises(StorageFull, match="no room left"):
+            await fetch(published.root, tmp_path / "fetch", sources=[source])
+        monkeypatch.undo()
+        assert published.into(await fetch(published.root, tmp_path / "fetch", sources=[source]))
 
 
-async def test_inline_data_shards_and_empty_files_are_read(tmp_path: Path) -> None:
-    inline = CID(RAW, 0, b"inside the CID")
-    empty, in_file = raw(b""), node([], b"\x08\x02\x12\x02hi\x18\x02")
-    names = [Link(inline, "0Finline", 0), Link(empty[0], "A0empty", 0)]
-    shard = node([*names, Link(in_file[0], "B1a..b", 0)], b"\x08\x05\x30\x80\x02")
-    inner = node([Link(shard[0], "1C", 0)], b"\x08\x05\x30\x80\x02")
-    path = tmp_path / "shards.car"
-    with path.open("wb") as file:
-        car.write(file, inner[0], [inner, shard, empty, in_file])
-    await fetch(
-        inner[0],
-        tmp_path / "into",
-        blocks=BlockStore(tmp_path / "blocks"),
-        sources=[CarSource(path)],
+async def test_a_car_file_and_a_folder_of_blocks(published: Published, tmp_path: Path) -> None:
+    car_file = published.folder.with_suffix(".car")
+    assert published.into(
+        await fetch(published.root, tmp_path / "a", sources=[CarSource(car_file)])
     )
-    found = {path.name: path.read_bytes() for path in (tmp_path / "into").iterdir()}
-    assert found == {"inline": b"inside the CID", "empty": b"", "a..b": b"hi"}
+    blocks = BlockStore(tmp_path / "blocks")
+    for cid, data in published.blocks:
+        blocks.keep(cid, data)
+    source = BlocksSource(tmp_path / "blocks")
+    assert published.into(await fetch(published.root, tmp_path / "b", sources=[source]))
 
 
-async def test_a_lone_file_is_written_as_a_file(tmp_path: Path) -> None:
-    (tmp_path / "one").write_bytes(b"x" * (CHUNK + 1))
-    root = pack(tmp_path / "one", tmp_path / "one.car")
-    await fetch(
-        root,
-        tmp_path / "into",
-        blocks=BlockStore(tmp_path / "blocks"),
-        sources=[CarSource(tmp_path / "one.car")],
+async def test_a_car_in_the_wrong_order_that_is_larger_than_the_limit_is_read_by_name(
+    published: Published, tmp_path: Path
+) -> None:
+    strangers = [os.urandom(1 << 18) for _ in range(8)]
+    blocks = [(CID.of(RAW, data), data) for data in strangers] + published.blocks[::-1]
+    with (tmp_path / "x.car").open("wb") as file:
+        car.write(file, published.root, blocks)
+    got = await fetch(
+        published.root,
+        tmp_path / "fetch",
+        sources=[CarSource(tmp_path / "x.car")],
+        limits=Limits(bytes=(5 << 18) + 1000),
     )
-    assert (tmp_path / "into").read_bytes() == b"x" * (CHUNK + 1)
+    assert published.into(got)

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from r3mes_vllm.errors import ContentNotFound
-from r3mes_vllm.ipfs.blockstore import BlockStore
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.fetch import fetch
 from r3mes_vllm.ipfs.pack import CHUNK, pack
 from r3mes_vllm.ipfs.sources import KuboSource
+from r3mes_vllm.ipfs.tree import Limits
 from tests.peers.js_ipfs import JsIpfs
 
 
@@ -39,9 +39,7 @@ def test_pack_gives_the_cid_that_js_ipfs_gives(
 
 async def test_fetch_from_the_daemon(folder: Path, js_ipfs: JsIpfs, tmp_path: Path) -> None:
     cid = CID.parse(js_ipfs.add(folder))
-    into = tmp_path / "fetched"
-    blocks = BlockStore(tmp_path / "blocks")
-    await fetch(cid, into, blocks=blocks, sources=[KuboSource(js_ipfs.api)])
+    into = await fetch(cid, tmp_path / "fetch", sources=[KuboSource(js_ipfs.api)])
     for path in folder.rglob("*"):
         here = into / path.relative_to(folder)
         assert here.is_dir() if path.is_dir() else here.read_bytes() == path.read_bytes()
@@ -49,16 +47,14 @@ async def test_fetch_from_the_daemon(folder: Path, js_ipfs: JsIpfs, tmp_path: Pa
 
 
 async def test_a_missing_cid_is_not_found_though_the_daemon_says_200(
-    js_ipfs: JsIpfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    js_ipfs: JsIpfs, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("r3mes_vllm.ipfs.sources._DAEMON_TIMEOUT", "1s")
     cid = CID.of(0x55, b"nobody has this")
     with pytest.raises(ContentNotFound, match=str(cid)) as caught:
         await fetch(
             cid,
-            tmp_path / "fetched",
-            blocks=BlockStore(tmp_path / "blocks"),
+            tmp_path / "fetch",
             sources=[KuboSource(js_ipfs.api)],
+            limits=Limits(stall_s=2),
         )
     assert "publisher online" in caught.value.hint
-    assert not (tmp_path / "fetched").exists()

@@ -53,6 +53,16 @@ class JsIpfs:
         added = [json.loads(line) for line in answer.text.splitlines()]
         return next(str(it["Hash"]) for it in added if it["Name"] == directory.name)
 
+    def pins(self) -> list[str]:
+        """CIDs (base32) pinned as roots."""
+        answer = httpx.post(
+            f"{self.api}/api/v0/pin/ls",
+            params={"type": "recursive", "cid-base": "base32"},
+            timeout=60,
+        )
+        answer.raise_for_status()
+        return list(json.loads(answer.text.splitlines()[0])["Keys"]) if answer.text else []
+
 
 @pytest.fixture(scope="session")
 def js_ipfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JsIpfs]:

@@ -1,0 +1,220 @@
+"""The store: whole or not there, held while in use, bounded, shared, and checked."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from r3mes_vllm.adapters import store as storing
+from r3mes_vllm.adapters.store import MANIFEST, Damaged, Lease, Store
+from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
+from r3mes_vllm.errors import StorageFull
+from r3mes_vllm.ipfs.cid import CID, RAW
+
+MIB = 1 << 20
+
+
+def cid(number: int) -> CID:
+    return CID.of(RAW, bytes([number]))
+
+
+def put(store: Store, number: int, size: int = MIB) -> CID:
+    """An adapter of `size` bytes."""
+
+    async def run() -> None:
+        async with store.incoming(cid(number)) as folder:
+            files = folder / "files"
+            files.mkdir()
+            (files / CONFIG).write_text("{}")
+            (files / WEIGHTS).write_bytes(os.urandom(size))
+            (files / "evil.py").write_text("kept out")
+            store.commit(cid(number), files, ["a note"])
+
+    asyncio.run(run())
+    return cid(number)
+
+
+def used_long_ago(store: Store, tmp_path: Path, one: CID, seconds: float) -> None:
+    at = time.time() - seconds
+    os.utime(tmp_path / "locks" / str(one), (at, at))
+
+
+def held(store: Store, one: CID) -> Lease:
+    lease = store.lease(one)
+    assert lease is not None
+    return lease
+
+
+def here(store: Store) -> set[CID]:
+    return {it.cid for it in store.stored()}
+
+
+def test_what_is_committed_is_listed_and_nothing_else_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = put(store, 1)
+    (it,) = store.stored()
+    assert (it.cid, it.in_use, it.notes) == (one, False, ("a note",))
+    assert {path.name for path in it.path.iterdir()} == {CONFIG, WEIGHTS, MANIFEST}
+    assert list((tmp_path / "incoming").iterdir()) == []
+    with held(store, one) as lease:
+        assert lease.path == it.path
+        assert store.stored()[0].in_use
+    assert not store.stored()[0].in_use
+
+
+def test_the_least_recently_used_goes_first_and_what_is_leased_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path, quota=3 * MIB + 200_000)
+    for number in (1, 2, 3):
+        put(store, number)
+        used_long_ago(store, tmp_path, cid(number), 1000 - number)
+    held(store, cid(2)).release()  # used just now
+    with held(store, cid(1)):
+        put(store, 4)
+        assert here(store) == {cid(1), cid(2), cid(4)}
+    put(store, 5)
+    assert cid(5) in here(store)
+    assert len(here(store)) == 3
+
+
+def test_with_the_lease_off_what_is_in_use_would_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, quota=MIB + 200_000)
+    put(store, 1)
+    monkeypatch.setattr(storing, "_try_lock", lambda fd: True)
+    with held(store, cid(1)):
+        put(store, 2)
+        assert here(store) == {cid(2)}
+
+
+def test_what_does_not_fit_beside_what_is_in_use_is_a_clear_error(tmp_path: Path) -> None:
+    store = Store(tmp_path, quota=2 * MIB)
+    put(store, 1)
+    with held(store, cid(1)), pytest.raises(StorageFull, match="do not fit") as caught:
+        put(store, 2)
+    assert "--cache-size" in caught.value.hint
+    assert here(store) == {cid(1)}
+
+
+def test_a_lease_holds_against_another_process_and_ends_with_its_own(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, 1)
+    script = (
+        "import sys; from pathlib import Path; from r3mes_vllm.adapters.store import Store; "
+        "from r3mes_vllm.ipfs.cid import CID; "
+        "lease = Store(Path(sys.argv[1])).lease(CID.parse(sys.argv[2])); "
+        "print(lease is not None, flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path), str(cid(1))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout
+    assert other.stdout.readline() == "True\n"
+    assert store.drop_unused() == 0
+    assert here(store) == {cid(1)}
+    other.kill()
+    other.wait()
+    assert store.drop_unused() > MIB
+    assert here(store) == set()
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_a_flipped_bit_is_found_and_dropped(tmp_path: Path, name: str) -> None:
+    store = Store(tmp_path)
+    put(store, 1)
+    put(store, 2)
+    path = tmp_path / "adapters" / str(cid(1)) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+    found = list(store.fsck())
+    (damaged,) = [it for it in found if isinstance(it, Damaged)]
+    assert (damaged.cid, damaged.dropped) == (cid(1), True)
+    assert here(store) == {cid(2)}
+    assert not any(isinstance(it, Damaged) for it in store.fsck())
+
+
+def test_what_is_damaged_and_in_use_is_said_and_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, 1)
+    with held(store, cid(1)) as lease:
+        (lease.path / CONFIG).write_text("[]")
+        (damaged,) = store.fsck()
+        assert isinstance(damaged, Damaged)
+        assert not damaged.dropped
+        assert lease.path.is_dir()
+
+
+def test_an_adapter_that_was_cut_short_is_not_served_but_fetched_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, 1)
+    weights = tmp_path / "adapters" / str(cid(1)) / WEIGHTS
+    os.truncate(weights, 100)
+    assert store.lease(cid(1)) is None
+    put(store, 1)
+    held(store, cid(1)).release()
+
+
+def test_an_unfinished_fetch_is_no_adapter_and_goes_when_room_is_needed(tmp_path: Path) -> None:
+    store = Store(tmp_path, quota=2 * MIB)
+    left = tmp_path / "incoming" / str(cid(1)) / "files"
+    left.mkdir(parents=True)
+    (left / WEIGHTS).write_bytes(os.urandom(MIB))
+    (tmp_path / "incoming" / str(cid(1)) / "commit").mkdir()
+    assert store.lease(cid(1)) is None
+    assert store.stored() == []
+    put(store, 2, size=MIB + MIB // 2)
+    assert here(store) == {cid(2)}
+    assert not left.exists()
+
+
+def test_what_a_crash_left_is_collected_after_a_day(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name, age in ((".scratch-old", 90_000), (".gone-new", 5)):
+        left = tmp_path / "incoming" / name
+        left.mkdir()
+        (left / "x").write_bytes(b"x" * MIB)
+        os.utime(left, (time.time() - age,) * 2)
+    assert store.collect() >= MIB
+    assert [path.name for path in (tmp_path / "incoming").iterdir()] == [".gone-new"]
+
+
+def test_strangers_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "adapters" / "notes").mkdir()
+    put(store, 1)
+    assert here(store) == {cid(1)}
+    store.drop_unused()
+    assert (tmp_path / "adapters" / "notes").is_dir()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    return folder
+
+
+def test_a_full_disk_is_a_clear_error_and_harms_nothing_that_is_there(small_disk: Path) -> None:
+    try:
+        store = Store(small_disk)
+        put(store, 1)
+        (small_disk / "ballast").write_bytes(b"x" * (2 * MIB))
+        with pytest.raises((StorageFull, OSError)):
+            put(store, 2, size=3 * MIB)
+        assert here(store) == {cid(1)}
+        assert not any(isinstance(it, Damaged) for it in store.fsck())
+        held(store, cid(1)).release()
+    finally:
+        subprocess.run(["umount", str(small_disk)], check=True)
