@@ -87,12 +87,14 @@ class _Header(tarfile.TarInfo):
 
 def _tar_members(path: Path) -> Iterator[_Member]:
     # As a stream: the library can then never be led back to where it was.
-    mode = "r|gz" if kind(path) == "tar.gz" else "r|"
-    with tarfile.open(path, mode, tarinfo=_Header, errorlevel=2) as tar:
+    with (
+        tarfile.open(path, "r|gz", tarinfo=_Header, errorlevel=2)
+        if kind(path) == "tar.gz"
+        else tarfile.open(path, "r|", tarinfo=_Header, errorlevel=2)
+    ) as tar:
         for member in tar:
             if member.issparse() or member.type not in _TAR_KINDS:
                 raise BadArchive(f"{member.name!r} is sparse or of an unusual kind")
-            tar.members = []  # the library remembers every one
             if member.isdir():
                 yield member.name, None
             else:

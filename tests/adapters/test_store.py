@@ -1,11 +1,13 @@
 """The store: whole or not there, held while in use, bounded, shared, and checked."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -218,3 +220,21 @@ def test_a_full_disk_is_a_clear_error_and_harms_nothing_that_is_there(small_disk
         held(store, cid(1)).release()
     finally:
         subprocess.run(["umount", str(small_disk)], check=True)
+
+
+def crashed(folder: Path, kills: int, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.adapters.crashing", str(folder), str(kills), "1"]
+    run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return dict(json.loads(run.stdout))
+
+
+def test_kill_9_at_a_hundred_instants_leaves_the_old_or_the_new_state(tmp_path: Path) -> None:
+    found = crashed(tmp_path, 100)
+    assert found["wrong"] == []
+    assert found["killed"] == 100
+    assert found["resumed"] > 10
+
+
+def test_with_adapters_written_in_place_kill_9_leaves_half_of_one(tmp_path: Path) -> None:
+    assert crashed(tmp_path, 20, "--unsafe")["wrong"]
