@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from r3mes_vllm.adapters.files import Candidate, open_candidate
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.unwrap import unwrap
-from r3mes_vllm.adapters.vetting import RULES, Candidate, _read_config, _read_header, vet
+from r3mes_vllm.adapters.vetting import RULES, facts_of
 from r3mes_vllm.errors import AdapterRefused
 from r3mes_vllm.ipfs.tree import Limits
 
@@ -50,9 +51,7 @@ def inspect(
     with tempfile.TemporaryDirectory() as work:
         try:
             directory, notes = unwrap(fetched, Path(work), limits or Limits())
-            candidate = Candidate(
-                directory, _read_config(directory), _read_header(directory), max_rank, base
-            )
+            candidate = open_candidate(directory, base=base, max_rank=max_rank)
         except AdapterRefused as error:
             finding = Finding(error.rule, "refused", str(error), error.hint)
             return Inspection((finding,), None, None, (), None, None, ())
@@ -69,6 +68,10 @@ def _inspect(candidate: Candidate, notes: Sequence[str]) -> Inspection:
         except AdapterRefused as error:
             findings.append(Finding(name, "refused", str(error), error.hint))
             continue
+        except (TypeError, ValueError, KeyError, AttributeError):
+            # It relies on what an earlier rule has just refused.
+            findings.append(Finding(name, "not checked", "because of what is refused above"))
+            continue
         if name == _NEEDS_BASE and (candidate.base is None or candidate.base.modules is None):
             findings.append(
                 Finding(name, "not checked", "no base model to compare with", "pass --model")
@@ -76,9 +79,8 @@ def _inspect(candidate: Candidate, notes: Sequence[str]) -> Inspection:
         else:
             findings.append(Finding(name, "ok", text))
     targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in candidate.tensors})
-    facts = None
-    if all(it.verdict != "refused" for it in findings):
-        facts = vet(candidate.directory, base=candidate.base, max_rank=candidate.max_rank, rules=())
+    accepted = all(it.verdict != "refused" for it in findings)
+    facts = facts_of(candidate) if accepted else None
     named = candidate.config.get("base_model_name_or_path")
     return Inspection(
         tuple(findings),
@@ -87,5 +89,5 @@ def _inspect(candidate: Candidate, notes: Sequence[str]) -> Inspection:
         targets=tuple(targets),
         bytes=sum(tensor.end - tensor.start for tensor in candidate.tensors.values()),
         base_model=named if isinstance(named, str) else None,
-        notes=(*notes, *(facts.warnings if facts else ())),
+        notes=(*notes, *((*facts.warnings, *facts.notes) if facts else ())),
     )

@@ -192,7 +192,7 @@ class Supply:
         except BaseException:
             lease.release()
             raise
-        noted = replace(facts, warnings=(*facts.warnings, *lease.notes))
+        noted = replace(facts, notes=lease.notes)
         return Obtained(cid, lease, noted, fetched=False)
 
     async def _held_now(self, cid: CID) -> Obtained:
@@ -248,8 +248,9 @@ class Supply:
                 )
                 with full_disk_is_said(folder), self._store.scratch() as work:
                     adapter, notes = await asyncio.to_thread(unwrap, fetched, work, self._limits)
-                    await self._vet(adapter, RULES)
-                    await asyncio.to_thread(self._store.commit, cid, adapter, notes)
+                    facts = await self._vet(adapter, RULES)
+                    noted = (*notes, *facts.notes)
+                    await asyncio.to_thread(self._store.commit, cid, adapter, noted)
             except (AdapterRefused, BadArchive, BadDAG, ContentTooLarge):
                 await asyncio.to_thread(self._store.discard, cid)
                 raise

@@ -1,43 +1,44 @@
 """Every safety rule an adapter must pass before the engine sees it; one function a rule.
 
-Nothing is ever deserialised: the JSON configuration and the safetensors header are parsed, the
-numbers are looked at as bits. One hostile adapter would otherwise hang the engine (a regex in
-`rank_pattern`), poison every tenant's answers (NaN weights) or serve garbage (wrong shapes).
-Format: https://github.com/huggingface/safetensors#format
+One hostile adapter would otherwise hang the engine (a regex in `rank_pattern`), poison every
+tenant's answers (NaN weights, or finite ones so large that they become it) or serve garbage (wrong
+shapes).
 """
 
-import json
 import math
 import re
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-
+from r3mes_vllm.adapters.files import (
+    CONFIG,
+    WEIGHTS,
+    Candidate,
+    open_candidate,
+    read_json,
+    refuse,
+    short,
+)
 from r3mes_vllm.adapters.model_shape import ModelShape
-from r3mes_vllm.errors import AdapterRefused
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+__all__ = ["CONFIG", "HEADER_RULES", "LARGEST_RANK", "RULES", "WEIGHTS", "Adapter", "Rule", "vet"]
 
 LARGEST_RANK = 512
 """What vLLM serves at most."""
 
-_MAX_CONFIG = 1 << 20
-_MAX_HEADER = 16 << 20
-_CHUNK = 1 << 22
+LARGEST_VALUE = 1e3
+"""Of a single weight. Those of trained adapters are below 10."""
+
+LARGEST_CHANGE = 1e4
+"""Of `scaling * rank * max|A| * max|B|`, which no element of the change to a weight exceeds.
+Trained adapters stay below 1e3; past 1e14 a square in the model's norms is infinite, then NaN."""
+
+_TOKENIZER = "tokenizer_config.json"
+_MAX_TOKENIZER, _TOKENIZER_DEPTH = 16 << 20, 32
 _LITERAL = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-
-# name → (bytes an element, mask of the exponent bits: all set means infinite or not a number)
-_DTYPES = {
-    "F32": (4, np.uint32(0x7F800000)),
-    "F16": (2, np.uint16(0x7C00)),
-    "BF16": (2, np.uint16(0x7F80)),
-}
 
 # Features of PEFT that change what an adapter means and that vLLM does not implement or ignores.
 _REFUSED_FEATURES = (
@@ -57,24 +58,6 @@ _REFUSED_FEATURES = (
 _HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
 
 
-@dataclass(frozen=True)
-class Tensor:
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    """Byte offset in the file."""
-    end: int
-
-
-@dataclass(frozen=True)
-class Candidate:
-    directory: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    max_rank: int
-    base: ModelShape | None
-
-
 Rule = Callable[[Candidate], None]
 
 
@@ -89,6 +72,9 @@ class Adapter:
     """Bytes of the weights file."""
     base_model: str
     warnings: tuple[str, ...] = ()
+    """Of what it meets here: another base model's name."""
+    notes: tuple[str, ...] = ()
+    """Of what came with it and is not used."""
 
 
 def vet(
@@ -99,41 +85,51 @@ def vet(
     rules: Sequence[Rule] | None = None,
 ) -> Adapter:
     """Check the adapter in `directory` by every rule. Raises AdapterRefused naming the rule."""
-    config = _read_config(directory)
-    candidate = Candidate(directory, config, _read_header(directory), max_rank, base)
-    for rule in rules or RULES:
+    candidate = open_candidate(directory, base=base, max_rank=max_rank)
+    for rule in RULES if rules is None else rules:
         rule(candidate)
-    named = str(config.get("base_model_name_or_path") or "")
-    warnings: tuple[str, ...] = ()
-    if base and named and _last_part(named) != _last_part(base.name):
-        warnings = (f"trained on {named!r}, served on {base.name!r}",)
+    return facts_of(candidate)
+
+
+def facts_of(it: Candidate) -> Adapter:
+    """Of an adapter that passed every rule."""
+    named = it.config.get("base_model_name_or_path")
+    named = named if isinstance(named, str) else ""
+    warnings = []
+    if it.base and named and _last_part(named) != _last_part(it.base.name):
+        warnings.append(f"trained on {short(named)}, served on {it.base.name!r}")
+    if it.base and it.base.modules is None:
+        warnings.append(f"which modules {it.base.name!r} has is not known: the engine must tell")
     return Adapter(
-        rank=max(config["r"], *_pattern(config, "rank_pattern").values(), 1),
-        alpha=float(config["lora_alpha"]),
-        modules=len(candidate.tensors) // 2,
-        size=(directory / WEIGHTS).stat().st_size,
+        rank=max(it.config["r"], *_pattern(it.config, "rank_pattern").values(), 1),
+        alpha=float(it.config["lora_alpha"]),
+        modules=len(it.tensors) // 2,
+        size=(it.directory / WEIGHTS).stat().st_size,
         base_model=named,
-        warnings=warnings,
+        warnings=tuple(warnings),
+        notes=_notes(it.directory),
     )
 
 
 def kind_is_lora(it: Candidate) -> None:
     if it.config.get("peft_type") != "LORA":
-        _refuse("kind_is_lora", f"peft_type is {it.config.get('peft_type')!r}, not 'LORA'")
+        refuse("kind_is_lora", f"peft_type is {it.config.get('peft_type')!r}, not 'LORA'")
 
 
 def features_are_served(it: Candidate) -> None:
     for feature in _REFUSED_FEATURES:
         if it.config.get(feature):
-            _refuse("features_are_served", f"{feature} is set: {_short(it.config[feature])}")
+            refuse("features_are_served", f"{feature} is set: {short(it.config[feature])}")
     if it.config.get("bias", "none") != "none":
-        _refuse("features_are_served", f"bias is {_short(it.config['bias'])}, not 'none'")
+        refuse("features_are_served", f"bias is {short(it.config['bias'])}, not 'none'")
+    if type(it.config.get("use_rslora", False)) not in (bool, type(None)):
+        refuse("features_are_served", f"use_rslora is {short(it.config['use_rslora'])}")
     init = it.config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
         # PiSSA and its like change the base model's weights on loading
-        _refuse(
+        refuse(
             "features_are_served",
-            f"init_lora_weights is {_short(init)}",
+            f"init_lora_weights is {short(init)}",
             hint="convert it to a plain LoRA with PEFT and publish that",
         )
 
@@ -142,14 +138,14 @@ def rank_is_sane(it: Candidate) -> None:
     ranks = {"r": it.config.get("r"), **_pattern(it.config, "rank_pattern")}
     for name, rank in ranks.items():
         if type(rank) is not int or not 1 <= rank <= it.max_rank:
-            _refuse("rank_is_sane", f"{name} is {_short(rank)}; it must be 1 to {it.max_rank}")
+            refuse("rank_is_sane", f"{name} is {short(rank)}; it must be 1 to {it.max_rank}")
 
 
 def alpha_is_sane(it: Candidate) -> None:
     alphas = {"lora_alpha": it.config.get("lora_alpha"), **_pattern(it.config, "alpha_pattern")}
     for name, alpha in alphas.items():
         if type(alpha) not in (int, float) or not 0 < alpha <= 65536:
-            _refuse("alpha_is_sane", f"{name} is {_short(alpha)}; it must be over 0 to 65536")
+            refuse("alpha_is_sane", f"{name} is {short(alpha)}; it must be over 0 to 65536")
 
 
 def names_are_literal(it: Candidate) -> None:
@@ -158,9 +154,9 @@ def names_are_literal(it: Candidate) -> None:
     if targets != "all-linear" and not (
         isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
     ):
-        _refuse(
+        refuse(
             "names_are_literal",
-            f"target_modules is {_short(targets)}",
+            f"target_modules is {short(targets)}",
             hint="list the modules by name, such as ['q_proj', 'v_proj']",
         )
     names = [] if targets == "all-linear" else list(targets)
@@ -168,23 +164,23 @@ def names_are_literal(it: Candidate) -> None:
         names += _pattern(it.config, field)
     for name in names:
         if not _LITERAL.fullmatch(name):
-            _refuse("names_are_literal", f"{_short(name)} is a pattern, not a module's name")
+            refuse("names_are_literal", f"{short(name)} is a pattern, not a module's name")
 
 
 def tensors_are_lora(it: Candidate) -> None:
     """Only `base_model.model.MODULE.lora_A|B.weight`, A and B in pairs, two dimensions each."""
     if not it.tensors:
-        _refuse("tensors_are_lora", f"{WEIGHTS} holds no tensor")
+        refuse("tensors_are_lora", f"{WEIGHTS} holds no tensor")
     for name, tensor in it.tensors.items():
         match = _TENSOR.fullmatch(name)
         if not match or not _LITERAL.fullmatch(match["module"]):
-            _refuse("tensors_are_lora", f"{_short(name)} is not a LoRA weight")
+            refuse("tensors_are_lora", f"{short(name)} is not a LoRA weight")
         if len(tensor.shape) != 2:
-            _refuse("tensors_are_lora", f"{name} has shape {tensor.shape}")
+            refuse("tensors_are_lora", f"{name} has shape {tensor.shape}")
         side = "B" if match["side"] == "A" else "A"
         other = f"base_model.model.{match['module']}.lora_{side}.weight"
         if other not in it.tensors:
-            _refuse("tensors_are_lora", f"{name} has no partner {other}")
+            refuse("tensors_are_lora", f"{name} has no partner {other}")
 
 
 def shapes_fit(it: Candidate) -> None:
@@ -197,16 +193,16 @@ def shapes_fit(it: Candidate) -> None:
         b = it.tensors[f"base_model.model.{module}.lora_B.weight"]
         rank = _rank_of(it.config, module)
         if a.shape[0] != rank or b.shape[1] != rank:
-            _refuse(
+            refuse(
                 "shapes_fit",
                 f"{module}: A is {a.shape} and B is {b.shape}, the configured rank is {rank}",
             )
         if it.base is None or it.base.modules is None:
             continue
         if module not in it.base.modules:
-            _refuse("shapes_fit", f"{it.base.name} has no module {_short(module)}")
+            refuse("shapes_fit", f"{it.base.name} has no module {short(module)}")
         if (a.shape[1], b.shape[0]) != it.base.modules[module]:
-            _refuse(
+            refuse(
                 "shapes_fit",
                 f"{module} maps {a.shape[1]} to {b.shape[0]} values; that of {it.base.name} "
                 f"maps {it.base.modules[module][0]} to {it.base.modules[module][1]}",
@@ -216,19 +212,43 @@ def shapes_fit(it: Candidate) -> None:
 
 def numbers_are_finite(it: Candidate) -> None:
     """NaN or infinity in one adapter stays in the engine after it is unloaded."""
-    with (it.directory / WEIGHTS).open("rb") as file:
-        for name, tensor in it.tensors.items():
-            size, mask = _DTYPES[tensor.dtype]
-            file.seek(tensor.start)
-            left = tensor.end - tensor.start
-            while left:
-                data = file.read(min(_CHUNK, left))
-                if not data:
-                    _refuse("numbers_are_finite", f"{name} ends early")
-                left -= len(data)
-                bits = np.frombuffer(data, dtype=f"<u{size}")
-                if np.any((bits & mask) == mask):
-                    _refuse("numbers_are_finite", f"{name} holds a value that is not finite")
+    for name, largest in it.largest.items():
+        if largest == math.inf:
+            refuse("numbers_are_finite", f"{name} holds a value that is not finite")
+
+
+def numbers_are_bounded(it: Candidate) -> None:
+    """Values far beyond what training gives become infinite within the model."""
+    for name, largest in it.largest.items():
+        if LARGEST_VALUE < largest < math.inf:
+            refuse(
+                "numbers_are_bounded",
+                f"{name} holds a value of {largest:.3g}; at most {LARGEST_VALUE:g}",
+            )
+    for name, a in it.largest.items():
+        match = _TENSOR.fullmatch(name)
+        if not match or match["side"] == "B":
+            continue
+        module = match["module"]
+        b = it.largest.get(f"base_model.model.{module}.lora_B.weight", 0.0)
+        rank = _rank_of(it.config, module)
+        change = _scaling(it.config, module) * rank * a * b
+        if LARGEST_CHANGE < change < math.inf:
+            refuse(
+                "numbers_are_bounded",
+                f"{module} may change a weight by {change:.3g}; at most {LARGEST_CHANGE:g}",
+            )
+
+
+def tokenizers_have_no_code(it: Candidate) -> None:
+    """A tokenizer that names code has it run where somebody loads it."""
+    for path in it.directory.glob("*.py"):
+        refuse("tokenizers_have_no_code", f"{short(path.name)} is code")
+    if (it.directory / _TOKENIZER).exists():
+        rule = "tokenizers_have_no_code"
+        found = read_json(it.directory / _TOKENIZER, rule, _MAX_TOKENIZER, _TOKENIZER_DEPTH)
+        if "auto_map" in found:
+            refuse(rule, f"{_TOKENIZER} names code to load: {short(found['auto_map'])}")
 
 
 HEADER_RULES: tuple[Rule, ...] = (
@@ -242,123 +262,52 @@ HEADER_RULES: tuple[Rule, ...] = (
 )
 """What must be asked again of an adapter in the store: the base model may be another today."""
 
-RULES: tuple[Rule, ...] = (*HEADER_RULES, numbers_are_finite)
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    data = _read_regular(directory / CONFIG, _MAX_CONFIG)
-    try:
-        config = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        _refuse("config_is_json", f"{CONFIG} is not valid JSON: {error}")
-    if not isinstance(config, dict):
-        _refuse("config_is_json", f"{CONFIG} is not a JSON object")
-    return config
-
-
-def _read_header(directory: Path) -> dict[str, Tensor]:
-    path = directory / WEIGHTS
-    _require_regular(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            _refuse("header_is_sound", f"{WEIGHTS}: a header of {length} bytes in {size}")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        _refuse("header_is_sound", f"{WEIGHTS}: the header is not valid JSON: {error}")
-    if not isinstance(header, dict):
-        _refuse("header_is_sound", f"{WEIGHTS}: the header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        _refuse("header_is_sound", f"{WEIGHTS}: __metadata__ must map text to text")
-    tensors = {name: _read_tensor(name, entry, 8 + length) for name, entry in header.items()}
-    expected = 8 + length
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-        if tensor.start != expected:
-            _refuse("header_is_sound", f"{WEIGHTS}: {_short(name)} does not begin at {expected}")
-        expected = tensor.end
-    if expected != size:
-        _refuse("header_is_sound", f"{WEIGHTS}: the tensors end at {expected}, the file at {size}")
-    return tensors
-
-
-def _read_tensor(name: str, entry: object, data_start: int) -> Tensor:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _refuse("header_is_sound", f"{_short(name)}: malformed entry")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        _refuse(
-            "dtype_is_floating",
-            f"{_short(name)} has dtype {_short(dtype)}; served are {', '.join(_DTYPES)}",
-        )
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(
-            type(number) is int and 0 <= number < 1 << 48 for number in numbers
-        ):
-            _refuse("header_is_sound", f"{_short(name)}: malformed shape or offsets")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype][0]:
-        _refuse("header_is_sound", f"{_short(name)}: the offsets do not fit the shape")
-    return Tensor(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
-
-
-def _require_regular(path: Path) -> None:
-    try:
-        mode = path.lstat().st_mode
-    except OSError:
-        _refuse(
-            "files_are_there",
-            f"there is no {path.name}",
-            hint=f"an adapter is a directory with {CONFIG} and {WEIGHTS}; pickles are not loaded",
-        )
-    if not stat.S_ISREG(mode):
-        _refuse("files_are_there", f"{path.name} is not a regular file")
-
-
-def _read_regular(path: Path, limit: int) -> bytes:
-    _require_regular(path)
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        _refuse("files_are_there", f"{path.name} is larger than {limit} bytes")
-    return data
+RULES: tuple[Rule, ...] = (
+    *HEADER_RULES,
+    tokenizers_have_no_code,
+    numbers_are_finite,
+    numbers_are_bounded,
+)
 
 
 def _pattern(config: dict[str, Any], field: str) -> dict[str, Any]:
     pattern = config.get(field) or {}
     if not isinstance(pattern, dict):
-        _refuse("names_are_literal", f"{field} is {_short(pattern)}, not an object")
+        refuse("names_are_literal", f"{field} is {short(pattern)}, not an object")
     return pattern
 
 
 def _rank_of(config: dict[str, Any], module: str) -> int:
-    for key, rank in _pattern(config, "rank_pattern").items():
+    return int(_of(config, "rank_pattern", module) or config["r"])
+
+
+def _of(config: dict[str, Any], field: str, module: str) -> Any:
+    """What a pattern says of `module`, the first match as in PEFT; None if it says nothing."""
+    for key, value in _pattern(config, field).items():
         if module == key or module.endswith(f".{key}"):
-            return int(rank)
-    return int(config["r"])
+            return value
+    return None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result
+def _scaling(config: dict[str, Any], module: str) -> float:
+    """As vLLM and PEFT have it, with rank-stabilised LoRA (arXiv 2312.03732)."""
+    alpha = _of(config, "alpha_pattern", module) or config["lora_alpha"]
+    rank = _rank_of(config, module)
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
+def _notes(directory: Path) -> tuple[str, ...]:
+    templates = [path.name for path in directory.glob("chat_template*")]
+    if not templates and (directory / _TOKENIZER).exists():
+        rule = "tokenizers_have_no_code"
+        found = read_json(directory / _TOKENIZER, rule, _MAX_TOKENIZER, _TOKENIZER_DEPTH)
+        templates = [_TOKENIZER] if "chat_template" in found else []
+    if not templates:
+        return ()
+    return (
+        f"its chat template ({short(templates[0])[1:-1]}) is ignored: the base model's is used",
+    )
 
 
 def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _refuse(rule: str, message: str, *, hint: str = "") -> NoReturn:
-    raise AdapterRefused(rule, message, hint=hint)

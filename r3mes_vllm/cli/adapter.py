@@ -176,7 +176,7 @@ def pull(
                 "fetched": got.fetched,
                 "rank": got.facts.rank,
                 "bytes": got.facts.size,
-                "notes": list(got.facts.warnings),
+                "notes": [*got.facts.warnings, *got.facts.notes],
             }
 
     got = asyncio.run(run())

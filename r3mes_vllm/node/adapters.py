@@ -50,7 +50,7 @@ async def obtain_all(
     for text in catalog.warnings:
         warn(text)
     for it in named:
-        for text in it.adapter.facts.warnings:
+        for text in (*it.adapter.facts.warnings, *it.adapter.facts.notes):
             warn(f"adapter {it.name!r}: {text}")
     catalog.remember({it.name: it.adapter.cid for it in named})
     return named

@@ -139,10 +139,10 @@ async def test_lone_weights_are_an_adapter_with_a_note(store: Store, tmp_path: P
     pack(adapter / WEIGHTS, tmp_path / "weights.car")
     got = await supplied(store).import_path(tmp_path / "weights.car")
     assert (got.facts.rank, got.facts.alpha) == (4, 4.0)
-    assert "lora_alpha as large" in got.facts.warnings[0]
+    assert "lora_alpha as large" in got.facts.notes[0]
     got.lease.release()
     again = await supplied(store).obtain(got.cid)
-    assert again.facts.warnings == got.facts.warnings
+    assert again.facts.notes == got.facts.notes
 
 
 async def test_lone_weights_may_carry_their_configuration(store: Store, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from r3mes_vllm.adapters import vetting
+from r3mes_vllm.adapters.files import open_candidate
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS, vet
 from r3mes_vllm.errors import AdapterRefused
@@ -60,6 +61,15 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("features_are_served", {"auto_mapping": {"parent_library": "evil"}}),
     ("features_are_served", {"trainable_token_indices": [1]}),
     ("features_are_served", {"init_lora_weights": "pissa"}),
+    ("features_are_served", {"use_rslora": "yes"}),
+    ("features_are_served", {"lora_bias": True}),
+    ("features_are_served", {"alora_invocation_tokens": [1]}),
+    ("kind_is_lora", {"peft_type": {"LORA": 1}}),
+    ("rank_is_sane", {"rank_pattern": {"q_proj": "8"}}),
+    ("names_are_literal", {"target_modules": [{"q_proj": 1}]}),
+    ("names_are_literal", {"target_modules": {"q_proj": 1}}),
+    ("names_are_literal", {"alpha_pattern": {"q_proj|k_proj": 8}}),
+    ("config_is_json", {"runtime_config": [[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]}),
     ("rank_is_sane", {"r": 0}),
     ("rank_is_sane", {"r": 4096}),
     ("rank_is_sane", {"r": True}),
@@ -100,6 +110,16 @@ def with_value(
     return change
 
 
+def scaled(to: float) -> Callable[[dict[str, Any]], None]:
+    """Each value within its bound, and their product not."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        for side in "AB":
+            tensors[f"{Q}{side}.weight"][0, 0] = to
+
+    return change
+
+
 def moved(old: str, new: str) -> Callable[[dict[str, Any]], None]:
     def change(tensors: dict[str, Any]) -> None:
         for name in [name for name in tensors if old in name]:
@@ -123,6 +143,10 @@ BAD_TENSORS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("numbers_are_finite", with_value(float("-inf"))),
     ("numbers_are_finite", with_value(float("inf"), torch.float16)),
     ("numbers_are_finite", with_value(float("nan"), torch.bfloat16)),
+    ("numbers_are_bounded", with_value(1e9)),
+    ("numbers_are_bounded", with_value(-2000.0, torch.float16)),
+    ("numbers_are_bounded", with_value(3e38, torch.bfloat16)),
+    ("numbers_are_bounded", scaled(900.0)),
 ]
 
 
@@ -138,6 +162,65 @@ def test_bad_weights_are_refused_by_their_rule_alone(
     assert caught.value.rule == rule
     others = [it for it in vetting.RULES if it.__name__ not in (rule, "shapes_fit")]
     vet(directory, base=BASE, rules=others)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"layers.0.self_attn.q_proj": 64}},
+        {"target_modules": "all-linear"},
+        {"lora_dropout": 0.1, "fan_in_fan_out": True, "inference_mode": True, "revision": None},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers", "task_type": "CAUSAL_LM"},
+        {"base_model_name_or_path": ["odd"], "unknown": {"a": [1, {"b": None}]}},
+    ],
+)
+def test_what_changes_nothing_or_is_served_rightly_passes(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    assert vet(write(tmp_path / "a", tiny.config() | change), base=BASE).rank == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenization_evil.py", "import os"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[" * 100_000),
+    ],
+)
+def test_a_tokenizer_with_code_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    directory = write(tmp_path / "a")
+    (directory / name).write_text(content)
+    with pytest.raises(AdapterRefused) as caught:
+        vet(directory, base=BASE)
+    assert caught.value.rule == "tokenizers_have_no_code"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("chat_template.jinja", "{{x}}"), ("tokenizer_config.json", '{"chat_template": "{{x}}"}')],
+)
+def test_a_chat_template_is_ignored_with_a_note(tmp_path: Path, name: str, content: str) -> None:
+    directory = write(tmp_path / "a")
+    (directory / name).write_text(content)
+    assert "is ignored" in vet(directory, base=BASE).notes[0]
+
+
+def test_a_base_model_that_is_not_known_is_said(tmp_path: Path) -> None:
+    odd = ModelShape.from_config("odd", {"model_type": "odd"})
+    assert "not known" in vet(write(tmp_path / "a"), base=odd).warnings[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_the_largest_magnitude_is_found_wherever_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.zeros(3, 200_000, dtype=dtype)
+    values[2, 123_456] = -7.5
+    candidate = open_candidate(
+        write(tmp_path / "a", None, {"x": values, "y": values * 0}), base=None, max_rank=8
+    )
+    assert candidate.largest == {"x": 7.5, "y": 0.0}
 
 
 def header(entries: object, data: bytes = b"") -> bytes:
