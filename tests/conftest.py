@@ -10,7 +10,7 @@ import pytest
 from tests import tiny
 from tests.programs import Program, free_port, program, wait_until
 
-pytest_plugins = ["tests.peers.js_ipfs"]
+pytest_plugins = ["tests.peers.helia", "tests.peers.js_ipfs", "tests.peers.libkubo"]
 
 NODE_STARTS_S = 180
 HEARTBEAT_S = 1.0

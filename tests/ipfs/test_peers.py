@@ -1,5 +1,7 @@
-"""Against js-ipfs: it publishes, we fetch; we pack, it gives the same CID."""
+"""Against js-ipfs, Helia and Kubo's own code: they publish, we fetch; we pack, they read it."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,26 @@ from r3mes_vllm.errors import ContentNotFound
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.fetch import fetch
 from r3mes_vllm.ipfs.pack import CHUNK, pack
-from r3mes_vllm.ipfs.sources import KuboSource
+from r3mes_vllm.ipfs.sources import BlocksSource, GatewaySource, KuboSource
 from r3mes_vllm.ipfs.tree import Limits
+from tests.peers.helia import Helia
 from tests.peers.js_ipfs import JsIpfs
+from tests.peers.libkubo import LibKubo
+
+
+def same(one: Path, other: Path) -> bool:
+    here = {path.relative_to(one) for path in one.rglob("*")}
+    there = {path.relative_to(other) for path in other.rglob("*")}
+    return here == there and all(
+        (one / path).read_bytes() == (other / path).read_bytes()
+        for path in here
+        if (one / path).is_file()
+    )
+
+
+@pytest.fixture(scope="module")
+def kubo_node(libkubo: Callable[[], LibKubo]) -> LibKubo:
+    return libkubo()
 
 
 @pytest.fixture
@@ -40,10 +59,7 @@ def test_pack_gives_the_cid_that_js_ipfs_gives(
 async def test_fetch_from_the_daemon(folder: Path, js_ipfs: JsIpfs, tmp_path: Path) -> None:
     cid = CID.parse(js_ipfs.add(folder))
     into = await fetch(cid, tmp_path / "fetch", sources=[KuboSource(js_ipfs.api)])
-    for path in folder.rglob("*"):
-        here = into / path.relative_to(folder)
-        assert here.is_dir() if path.is_dir() else here.read_bytes() == path.read_bytes()
-    assert len(list(into.rglob("*"))) == len(list(folder.rglob("*")))
+    assert same(folder, into)
 
 
 async def test_a_missing_cid_is_not_found_though_the_daemon_says_200(
@@ -58,3 +74,72 @@ async def test_a_missing_cid_is_not_found_though_the_daemon_says_200(
             limits=Limits(stall_s=2),
         )
     assert "publisher online" in caught.value.hint
+
+
+async def test_fetch_from_helias_gateway(folder: Path, helia: Helia, tmp_path: Path) -> None:
+    cid = pack(folder, tmp_path / "folder.car")
+    helia.import_car(tmp_path / "folder.car")
+    into = await fetch(cid, tmp_path / "fetch", sources=[GatewaySource(helia.url)])
+    assert same(folder, into)
+
+
+async def test_a_cid_that_helia_does_not_have_is_not_found(helia: Helia, tmp_path: Path) -> None:
+    cid = CID.of(0x55, b"nobody has this")
+    with pytest.raises(ContentNotFound, match=str(cid)):
+        await fetch(
+            cid,
+            tmp_path / "fetch",
+            sources=[GatewaySource(helia.url)],
+            limits=Limits(stall_s=3, total_s=20),
+        )
+
+
+async def test_a_repository_is_read_while_its_daemon_sleeps(
+    folder: Path, js_ipfs: JsIpfs, tmp_path: Path
+) -> None:
+    cid = CID.parse(js_ipfs.add(folder))
+    into = await fetch(cid, tmp_path / "fetch", sources=[BlocksSource(js_ipfs.blocks)])
+    assert same(folder, into)
+
+
+async def test_from_kubo_over_bitswap_to_our_daemon_to_us(
+    folder: Path, libkubo: Callable[[], LibKubo], js_ipfs: JsIpfs, tmp_path: Path
+) -> None:
+    """Kubo gives CIDs of version 0 and leaves that are not raw."""
+    publisher = libkubo()
+    cid = publisher.add(folder)
+    assert cid.startswith("Qm")
+    js_ipfs.connect(publisher.address)
+    into = await fetch(CID.parse(cid), tmp_path / "fetch", sources=[KuboSource(js_ipfs.api)])
+    assert same(folder, into)
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, 174 * CHUNK + 1])
+async def test_kubos_trees_of_any_height_are_read(
+    size: int, kubo_node: LibKubo, js_ipfs: JsIpfs, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(size))
+    cid = CID.parse(kubo_node.add(tmp_path / "file"))
+    js_ipfs.connect(kubo_node.address)
+    into = await fetch(cid, tmp_path / "fetch", sources=[KuboSource(js_ipfs.api)])
+    assert into.read_bytes() == (tmp_path / "file").read_bytes()
+
+
+def test_kubo_reads_what_we_pack(
+    folder: Path, kubo_node: LibKubo, js_ipfs: JsIpfs, tmp_path: Path
+) -> None:
+    cid = pack(folder, tmp_path / "folder.car")
+    js_ipfs.import_car(tmp_path / "folder.car")
+    js_ipfs.connect(kubo_node.address)
+    kubo_node.get(str(cid), tmp_path / "got")
+    assert same(folder, tmp_path / "got")
+
+
+def test_two_nodes_of_kubo_exchange_an_adapter_once(
+    folder: Path, libkubo: Callable[[], LibKubo], kubo_node: LibKubo, tmp_path: Path
+) -> None:
+    other = libkubo()
+    cid = other.add(folder)
+    kubo_node.connect(other.address)
+    kubo_node.get(cid, tmp_path / "got")
+    assert same(folder, tmp_path / "got")

@@ -4,11 +4,8 @@ Installed once by npm into the user's cache; started on loopback without any pee
 """
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -16,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import platformdirs
 import pytest
 
+from tests.peers import installed
 from tests.programs import free_port, wait_until
 
-_PACKAGE = Path(__file__).parent / "js-ipfs"
 _CLI = "node_modules/ipfs/src/cli.js"
 
 
@@ -29,6 +25,9 @@ _CLI = "node_modules/ipfs/src/cli.js"
 class JsIpfs:
     api: str
     """URL of its RPC."""
+
+    blocks: Path
+    """Its folder of blocks."""
 
     def add(self, directory: Path) -> str:
         """The CID (base32) of `directory`, added as `ipfs add -r --cid-version=1` does."""
@@ -53,6 +52,17 @@ class JsIpfs:
         added = [json.loads(line) for line in answer.text.splitlines()]
         return next(str(it["Hash"]) for it in added if it["Name"] == directory.name)
 
+    def import_car(self, path: Path) -> None:
+        with path.open("rb") as file:
+            httpx.post(
+                f"{self.api}/api/v0/dag/import", files={"file": file}, timeout=120
+            ).raise_for_status()
+
+    def connect(self, address: str) -> None:
+        httpx.post(
+            f"{self.api}/api/v0/swarm/connect", params={"arg": address}, timeout=60
+        ).raise_for_status()
+
     def pins(self) -> list[str]:
         """CIDs (base32) pinned as roots."""
         answer = httpx.post(
@@ -66,7 +76,7 @@ class JsIpfs:
 
 @pytest.fixture(scope="session")
 def js_ipfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JsIpfs]:
-    package = _installed()
+    package = installed.npm("js-ipfs")
     repository = tmp_path_factory.mktemp("js-ipfs")
     environment = {**os.environ, "IPFS_PATH": str(repository)}
     command = ["node", str(package / _CLI)]
@@ -92,7 +102,7 @@ def js_ipfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JsIpfs]:
         wait_until(
             lambda: httpx.post(f"{api}/api/v0/version").is_success, 60, f"js-ipfs, see {log}"
         )
-        yield JsIpfs(api)
+        yield JsIpfs(api, repository / "blocks")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(daemon.pid, signal.SIGTERM)
@@ -101,32 +111,6 @@ def js_ipfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JsIpfs]:
         except subprocess.TimeoutExpired:
             os.killpg(daemon.pid, signal.SIGKILL)
             daemon.wait()
-
-
-def _installed() -> Path:
-    if not shutil.which("npm"):
-        pytest.fail("the tests need Node.js and npm: apt-get install nodejs npm")
-    lock_file = (_PACKAGE / "package-lock.json").read_bytes()
-    cache = Path(platformdirs.user_cache_dir("r3mes-vllm-tests"))
-    package = cache / f"js-ipfs-{hashlib.sha256(lock_file).hexdigest()[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "js-ipfs.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not package.is_dir():
-            aside = cache / "js-ipfs-installing"
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(_PACKAGE, aside)
-            done = subprocess.run(
-                ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-                cwd=aside,
-                capture_output=True,
-                text=True,
-                timeout=900,
-            )
-            if done.returncode:
-                pytest.fail(f"npm could not install js-ipfs: {done.stderr[-2000:]}")
-            aside.rename(package)
-    return package
 
 
 def _configure(path: Path) -> int:
