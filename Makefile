@@ -1,12 +1,22 @@
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint setup fuzz crash bench-supply
 
 demo: setup ## a backend, a node and two questions; ARGS=--once stops after the answers
 	@$(PYTHON_BIN) -m r3mes_vllm demo $(ARGS)
 
 test: setup lint ## the whole suite; ARGS go to pytest
 	$(PYTHON_BIN) -m pytest $(ARGS)
+
+fuzz: setup ## every parser for SECONDS=3600, keeping what was learnt in fuzz-corpus
+	$(PYTHON_BIN) -m tests.fuzz all --seconds $(or $(SECONDS),3600) --corpus fuzz-corpus
+
+crash: setup ## kill KILLS=2000 fetches at random instants, and look at the store after each
+	folder=$$(mktemp -d) && $(PYTHON_BIN) -m tests.adapters.crashing $$folder $(or $(KILLS),2000)
+
+bench-supply: setup ## fetching and vetting against sha256 alone
+	$(PYTHON_BIN) -m benchmarks.fetch
+	$(PYTHON_BIN) -m benchmarks.vetting
 
 lint: setup
 	$(PYTHON_BIN) -m ruff check

@@ -113,8 +113,13 @@ class _Bounded:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.seek, self.tell = file.seek, file.tell
-        self.seekable = file.seekable
+        self.tell, self.seekable = file.tell, file.seekable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:
+            raise BadArchive("its list of members leads out of it") from error
 
     def read(self, size: int = -1) -> bytes:
         if size < 0:
@@ -219,5 +224,6 @@ def _errors_named(archive: Path) -> Iterator[None]:
         ValueError,
         IndexError,
         KeyError,
+        TypeError,
     ) as error:
         raise BadArchive(f"{archive.name} can't be unpacked: {error}") from error
