@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from r3mes_vllm.settings import Settings
+from r3mes_vllm.adapters.vetting import RULES
+from r3mes_vllm.settings import Settings, parse_bytes
 from tests.conftest import Network
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,41 @@ def test_every_setting_in_the_docs_exists() -> None:
     table = NODE_DOC.split("## Settings")[1].split("## Adapters")[0]
     variables = {name.lower() for name in re.findall(r"`R3MES_([A-Z_]+)`", table)}
     assert variables <= set(Settings.model_fields)
+
+
+ADAPTERS_DOC = (ROOT / "docs" / "adapters.md").read_text()
+
+
+def test_the_adapters_page_names_every_rule_and_every_limit_with_its_default() -> None:
+    rules = {rule.__name__ for rule in RULES}
+    read_before = {"files_are_there", "config_is_json", "header_is_sound", "dtype_is_floating"}
+    table = ADAPTERS_DOC.split("which errors carry:")[1]
+    assert set(re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE)) == rules | read_before
+    limits = re.findall(r"\| `R3MES_([A-Z_]+)` \| `([a-z_]+)` \| (\S+) \|", ADAPTERS_DOC)
+    assert len(limits) == 10
+    fields = Settings.model_fields
+    for variable, name, told in limits:
+        assert variable.lower() == name
+        default = fields[name].default
+        value = told.strip("`")
+        if isinstance(default, bool) or default == []:
+            assert value in ("off", "none")
+        else:
+            assert parse_bytes(value) == default
+
+
+def test_every_command_on_the_adapters_page_is_taken(tmp_path: Path) -> None:
+    commands = re.findall(r"r3mes-vllm adapter (\w+)(.*)", ADAPTERS_DOC)
+    assert {name for name, _ in commands} >= {"inspect", "publish", "pack", "pull", "verify", "gc"}
+    for name, rest in commands:
+        help_text = subprocess.run(
+            [sys.executable, "-m", "r3mes_vllm", "adapter", name, "--help"],
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "COLUMNS": "200"},
+        ).stdout
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in help_text
 
 
 def test_each_dependency_has_its_line() -> None:
