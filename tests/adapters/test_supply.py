@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import multibase
 import pytest
 from safetensors.numpy import save_file
 
@@ -124,6 +125,14 @@ async def test_a_stored_adapter_must_fit_todays_base_model(store: Store, tmp_pat
 async def test_one_that_nobody_has(store: Store) -> None:
     with pytest.raises(ContentNotFound, match=NOWHERE):
         await supplied(store).obtain(CID.of(RAW, b"nobody has this"))
+
+
+async def test_two_spellings_of_a_cid_are_one_adapter(store: Store, tmp_path: Path) -> None:
+    got = await supplied(store).import_path(tiny.make_adapter(tmp_path / "mine", seed=3))
+    for base in ("base36", "base58btc", "base64url"):
+        spelled = multibase.encode(base, bytes(got.cid)).decode()
+        again = await supplied(store).obtain(IpfsPath.parse(f"ipfs://{spelled}/"))
+        assert (again.path, again.fetched) == (got.path, False)
 
 
 async def test_a_lone_file_that_is_no_adapter(store: Store, tmp_path: Path) -> None:

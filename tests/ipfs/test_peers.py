@@ -8,8 +8,9 @@ import pytest
 
 from r3mes_vllm.errors import ContentNotFound
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.fetch import fetch
+from r3mes_vllm.ipfs.fetch import fetch, resolve
 from r3mes_vllm.ipfs.pack import CHUNK, pack
+from r3mes_vllm.ipfs.path import IpfsPath
 from r3mes_vllm.ipfs.sources import BlocksSource, GatewaySource, KuboSource
 from r3mes_vllm.ipfs.tree import Limits
 from tests.peers.helia import Helia
@@ -81,6 +82,20 @@ async def test_fetch_from_helias_gateway(folder: Path, helia: Helia, tmp_path: P
     helia.import_car(tmp_path / "folder.car")
     into = await fetch(cid, tmp_path / "fetch", sources=[GatewaySource(helia.url)])
     assert same(folder, into)
+
+
+async def test_a_directory_that_helia_spread_over_shards(helia: Helia, tmp_path: Path) -> None:
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"{number} ü.txt").write_text(str(number))
+    cid = CID.parse(helia.add(folder, shardSplitThresholdBytes=1))
+    source = GatewaySource(helia.url)
+    into = await fetch(cid, tmp_path / "fetch", sources=[source])
+    assert same(folder, into)
+    inner = await resolve(IpfsPath(cid, ("123 ü.txt",)), tmp_path / "resolve", sources=[source])
+    got = await fetch(inner, tmp_path / "inner", sources=[source])
+    assert got.read_text() == "123"
 
 
 async def test_a_cid_that_helia_does_not_have_is_not_found(helia: Helia, tmp_path: Path) -> None:

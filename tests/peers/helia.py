@@ -1,5 +1,6 @@
 """Helia's trustless gateway: another implementation that serves what we pack."""
 
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,13 @@ class Helia:
     def import_car(self, path: Path) -> None:
         answer = httpx.get(f"{self.url}/_import", params={"car": str(path)}, timeout=120)
         answer.raise_for_status()
+
+    def add(self, directory: Path, **options: object) -> str:
+        """The CID of `directory`, with options of Helia's own `addAll`."""
+        params = {"dir": str(directory), "opt": json.dumps(options)}
+        answer = httpx.get(f"{self.url}/_add", params=params, timeout=120)
+        answer.raise_for_status()
+        return answer.text.strip()
 
     def connect(self, address: str) -> None:
         httpx.get(f"{self.url}/_connect", params={"ma": address}, timeout=30).raise_for_status()
