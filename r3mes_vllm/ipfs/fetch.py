@@ -168,6 +168,9 @@ class _Fetch:
         self._said: dict[str, str] = {}
         self._lie: BlockMismatch | None = None
         self._claimed: dict[CID, int] = {}
+        self._ended: list[tuple[Source, int]] = []
+        """Sources that had no more to give, and how much was here when they ended."""
+        self._used = 0
         self._news = asyncio.Event()
         self._asking = 0
         """Requests under way, of all sources."""
@@ -180,6 +183,10 @@ class _Fetch:
         try:
             while not self._tree.complete:
                 self._reap(waiting)
+                if not self._working and not waiting:
+                    # What came since they ended may link to what they have.
+                    waiting += [source for source, used in self._ended if used < self._used]
+                    self._ended = [it for it in self._ended if it[0] not in waiting]
                 if (not self._working or self._slow()) and not self._start_next(waiting):
                     self._give_up_if_hopeless(waiting)
                 if self._working:
@@ -210,8 +217,10 @@ class _Fetch:
                 waiting.append(source)
             except (SourceFailed, BadCAR) as error:
                 self._said[source.name] = str(error)
+                self._ended.append((source, self._used))
             else:
                 self._said.setdefault(source.name, f"{source.name} does not have all of it")
+                self._ended.append((source, self._used))
 
     def _start_next(self, waiting: list[Source]) -> bool:
         ready = next((it for it in waiting if not it.standing.wait_s), None)
@@ -358,6 +367,7 @@ class _Fetch:
         used = await self._in_tree(self._tree.offer, checked.sound)
         if checked.lie is not None:
             raise checked.lie
+        self._used += used
         if used:
             self._last_block, self._last_source = time.monotonic(), source.name
         elif self._tree.spare_bytes > self._limits.bytes:

@@ -166,6 +166,18 @@ async def test_two_that_have_a_half_each_are_enough(published: Published, tmp_pa
     assert published.into(got)
 
 
+async def test_a_source_is_asked_again_when_what_came_links_to_what_it_has(
+    published: Published, tmp_path: Path
+) -> None:
+    """The first has the leaves, and knows nothing of the root."""
+    leaves = Published(published.root, published.blocks[3:], published.folder)
+    nodes = Published(published.root, published.blocks[:3], published.folder)
+    no_cars = Gateway(leaves, lambda blocks: blocks if len(blocks) == 1 else Response("no", 500))
+    async with listening(no_cars) as first, listening(Gateway(nodes)) as second:
+        got = await fetch(published.root, tmp_path / "fetch", sources=[first, second])
+    assert published.into(got)
+
+
 @pytest.mark.parametrize(
     "order",
     [
