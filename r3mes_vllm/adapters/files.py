@@ -24,7 +24,8 @@ WEIGHTS = "adapter_model.safetensors"
 _MAX_CONFIG = 1 << 20
 _MAX_HEADER = 16 << 20
 _MAX_TENSORS = 100_000
-_CONFIG_DEPTH, _HEADER_DEPTH = 16, 3
+_CONFIG_DEPTH = 16
+_LARGEST_NUMBER = 1 << 48
 _CHUNK = 1 << 18
 """Bytes; a chunk and its copy stay in a core's cache."""
 
@@ -77,7 +78,13 @@ def open_candidate(directory: Path, *, base: ModelShape | None, max_rank: int) -
 
 def read_json(path: Path, rule: str, largest: int, depth: int) -> dict[str, Any]:
     """The JSON object in the file. Raises AdapterRefused in the name of `rule`."""
-    return _parse(_read_regular(path, largest), path.name, rule, depth)
+    raw = _read_regular(path, largest)
+    level = 0
+    for bracket in _NO_BRACKET.sub(b"", _STRING.sub(b"", raw)):
+        level += 1 if bracket in b"[{" else -1
+        if level > depth:
+            refuse(rule, f"{path.name} is nested more than {depth} deep")
+    return _parse(raw, path.name, rule)
 
 
 def refuse(rule: str, message: str, *, hint: str = "") -> NoReturn:
@@ -111,13 +118,7 @@ def _largest(
     return float(bits_of_one.view(np.float32 if size == 4 else np.float16))
 
 
-def _parse(raw: bytes, name: str, rule: str, depth: int) -> dict[str, Any]:
-    # Before it is parsed: the parser recurses. Brackets within strings don't count.
-    level = 0
-    for bracket in _NO_BRACKET.sub(b"", _STRING.sub(b"", raw)):
-        level += 1 if bracket in b"[{" else -1
-        if level > depth:
-            refuse(rule, f"{name} is nested more than {depth} deep")
+def _parse(raw: bytes, name: str, rule: str) -> dict[str, Any]:
     try:
         found = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -136,7 +137,8 @@ def _read_header(directory: Path) -> dict[str, Tensor]:
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             refuse("header_is_sound", f"{WEIGHTS}: a header of {length} bytes in {size}")
         raw = file.read(length)
-    header = _parse(raw, f"the header of {WEIGHTS}", "header_is_sound", _HEADER_DEPTH)
+    # How deep it may be follows from what each entry must be.
+    header = _parse(raw, f"the header of {WEIGHTS}", "header_is_sound")
     if len(header) > _MAX_TENSORS:
         refuse("header_is_sound", f"{WEIGHTS}: {len(header)} tensors; at most {_MAX_TENSORS}")
     metadata = header.pop("__metadata__", {})
@@ -162,10 +164,10 @@ def _read_tensor(name: str, entry: object, data_start: int) -> Tensor:
             "dtype_is_floating",
             f"{short(name)} has dtype {short(dtype)}; served are {', '.join(_DTYPES)}",
         )
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(
-            type(number) is int and 0 <= number < 1 << 48 for number in numbers
-        ):
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        refuse("header_is_sound", f"{short(name)}: malformed shape or offsets")
+    for number in (*shape, *offsets):
+        if type(number) is not int or not 0 <= number < _LARGEST_NUMBER:
             refuse("header_is_sound", f"{short(name)}: malformed shape or offsets")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype][0]:
         refuse("header_is_sound", f"{short(name)}: the offsets do not fit the shape")
