@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: one real backend and one real node on the CPU for the session."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from tests import tiny
 from tests.programs import Program, free_port, program, wait_until
 
 pytest_plugins = ["tests.peers.helia", "tests.peers.js_ipfs", "tests.peers.libkubo"]
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so their programs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NODE_STARTS_S = 180
 HEARTBEAT_S = 1.0
