@@ -25,6 +25,8 @@ _COPY = 1 << 18
 _HEADER_LIMIT = 1 << 16
 """Of a tar's extended header: the library reads it as a whole."""
 
+_GLOBAL_HEADERS = 16
+
 _CATALOG_LIMIT = 16 << 20
 """Of a zip's central directory: the library reads it as a whole."""
 
@@ -72,7 +74,9 @@ _Member = tuple[str, Callable[[], IO[bytes]] | None]
 
 
 class _Header(tarfile.TarInfo):
-    """Refuses what is not to be read before the library reads it."""
+    """Refuses what is not to be read before the library reads it. One subclass an archive."""
+
+    global_headers = 0
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
@@ -82,15 +86,20 @@ class _Header(tarfile.TarInfo):
             raise BadArchive(f"{header.name!r} is a link, a device or of another unusual kind")
         if header.size < 0 or (limit is not None and header.size > limit):
             raise BadArchive(f"{header.name[:80]!r} has a header of {header.size} bytes")
+        if header.type == tarfile.XGLTYPE:  # the library keeps what each of them says
+            cls.global_headers += 1
+            if cls.global_headers > _GLOBAL_HEADERS:
+                raise BadArchive(f"it has more than {_GLOBAL_HEADERS} global headers")
         return header
 
 
 def _tar_members(path: Path) -> Iterator[_Member]:
+    header = type("_HeaderOfOne", (_Header,), {})
     # As a stream: the library can then never be led back to where it was.
     with (
-        tarfile.open(path, "r|gz", tarinfo=_Header, errorlevel=2)
+        tarfile.open(path, "r|gz", tarinfo=header, errorlevel=2)
         if kind(path) == "tar.gz"
-        else tarfile.open(path, "r|", tarinfo=_Header, errorlevel=2)
+        else tarfile.open(path, "r|", tarinfo=header, errorlevel=2)
     ) as tar:
         for member in tar:
             if member.issparse() or member.type not in _TAR_KINDS:

@@ -207,6 +207,14 @@ def test_a_header_of_gigabytes_is_refused_before_it_is_read(kind: bytes, tmp_pat
     assert memory.peak < 4 << 20
 
 
+def test_global_headers_without_end_are_refused(tmp_path: Path) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        for number in range(100):
+            file.write(tarfile.TarInfo.create_pax_global_header({f"k{number}": "v" * 10_000}))
+        file.write(bytes(1024))
+    refused(tmp_path / "x", match="global headers")
+
+
 def test_a_list_of_members_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 1 << 30, 4, 0)
     with (tmp_path / "x").open("wb") as file:
