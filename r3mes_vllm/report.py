@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from r3mes_vllm.ipfs.fetch import Progress as Fetched
+    from r3mes_vllm.ipfs.race import Progress as Fetched
 
 _LONG_S = 2.0
 _LINE_S = 10.0

@@ -23,10 +23,11 @@ from r3mes_vllm.errors import (
 from r3mes_vllm.ipfs import archive, car
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.disk import full_disk_is_said
-from r3mes_vllm.ipfs.fetch import Progress, fetch, resolve
+from r3mes_vllm.ipfs.fetch import fetch, resolve
 from r3mes_vllm.ipfs.http import exchange
 from r3mes_vllm.ipfs.pack import pack
 from r3mes_vllm.ipfs.path import IpfsPath
+from r3mes_vllm.ipfs.race import Progress
 from r3mes_vllm.ipfs.sources import BlocksSource, CarSource, GatewaySource, KuboSource, Source
 from r3mes_vllm.ipfs.tree import Limits
 from r3mes_vllm.settings import Settings

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from r3mes_vllm.errors import BadArchive, ContentTooLarge
 from r3mes_vllm.ipfs import names
@@ -69,8 +69,8 @@ def unpack(archive: Path, into: Path, limits: Limits) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-_Member = tuple[str, Callable[[], IO[bytes]] | None]
-"""Its name, and its content; None for a directory."""
+_Member = tuple[str, int, Callable[[], IO[bytes]] | None]
+"""Its name, how many bytes it declares, and its content; None for a directory."""
 
 
 class _Header(tarfile.TarInfo):
@@ -80,7 +80,15 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        header = super().frombuf(buf, encoding, errors)
+        return cls._checked(super().frombuf(buf, encoding, errors))
+
+    @classmethod
+    def _frombuf(cls, *arguments: Any, **named: Any) -> "_Header":
+        """What newer CPythons call instead (gh-141707)."""
+        return cls._checked(super()._frombuf(*arguments, **named))  # type: ignore[misc]
+
+    @classmethod
+    def _checked(cls, header: "_Header") -> "_Header":
         limit = _HEADER_LIMIT if header.type in _TAR_EXTENSIONS else None
         if header.type not in (*_TAR_KINDS, *_TAR_EXTENSIONS):
             raise BadArchive(f"{header.name!r} is a link, a device or of another unusual kind")
@@ -105,9 +113,9 @@ def _tar_members(path: Path) -> Iterator[_Member]:
             if member.issparse() or member.type not in _TAR_KINDS:
                 raise BadArchive(f"{member.name!r} is sparse or of an unusual kind")
             if member.isdir():
-                yield member.name, None
+                yield member.name, 0, None
             else:
-                yield member.name, partial(_content, tar, member)
+                yield member.name, member.size, partial(_content, tar, member)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -150,20 +158,21 @@ def _zip_members(path: Path) -> Iterator[_Member]:
             if "\0" in member.orig_filename:
                 raise BadArchive(f"the name {member.orig_filename!r} holds control characters")
             if member.is_dir():
-                yield member.filename, None
+                yield member.filename, 0, None
             else:
-                yield member.filename, partial(archive.open, member)
+                yield member.filename, member.file_size, partial(archive.open, member)
 
 
 def _write(members: Iterable[_Member], folder: Path, limits: Limits) -> None:
     left, count = limits.bytes, 0
     taken: dict[tuple[str, ...], bool] = {}  # by folded names; True for a file
-    for text, content in members:
+    for text, size, content in members:
         count += 1
         if count > limits.files:
             raise ContentTooLarge(f"it holds more than {limits.files} files and folders")
         parts = _parts(text, limits)
         if not parts or any(_is_rubbish(part) for part in parts):
+            left = _less(left, size, limits)  # to skip it, it is unpacked all the same
             continue
         key = tuple(names.folded(part) for part in parts)
         written = [taken.get(key[:depth]) for depth in range(1, len(key))]
@@ -205,13 +214,17 @@ def _copy(source: IO[bytes], path: Path, left: int, limits: Limits) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags, 0o644), "wb") as file:
         while data := source.read(_COPY):
-            left -= len(data)
-            if left < 0:
-                raise ContentTooLarge(f"it unpacks to more than {limits.bytes} bytes")
+            left = _less(left, len(data), limits)
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
     return left
+
+
+def _less(left: int, size: int, limits: Limits) -> int:
+    if size > left:
+        raise ContentTooLarge(f"it unpacks to more than {limits.bytes} bytes")
+    return left - size
 
 
 @contextmanager

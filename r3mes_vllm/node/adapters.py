@@ -9,7 +9,7 @@ from r3mes_vllm.adapters.catalog import Catalog, Wanted
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.supply import Obtained, Supply
 from r3mes_vllm.errors import AdapterError, BackendError, IpfsError, StorageFull
-from r3mes_vllm.ipfs.fetch import Progress
+from r3mes_vllm.ipfs.race import Progress
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.report import warn
 from r3mes_vllm.settings import Settings

@@ -183,9 +183,10 @@ class Memory:
         tracemalloc.stop()
 
 
-def test_a_bomb_stops_at_the_limit_and_stays_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a", ".left-out"])
+def test_a_bomb_stops_at_the_limit_and_stays_small(name: str, tmp_path: Path) -> None:
     with gzip.open(tmp_path / "x", "wb", compresslevel=9) as file:
-        header = tarfile.TarInfo("a")
+        header = tarfile.TarInfo(name)
         header.size = 1 << 28
         file.write(header.tobuf())
         for _ in range(256):
@@ -213,6 +214,15 @@ def test_global_headers_without_end_are_refused(tmp_path: Path) -> None:
             file.write(tarfile.TarInfo.create_pax_global_header({f"k{number}": "v" * 10_000}))
         file.write(bytes(1024))
     refused(tmp_path / "x", match="global headers")
+
+
+def test_headers_are_checked_by_newer_pythons_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the library calls `_frombuf`, past `frombuf` (gh-141707)."""
+    monkeypatch.setattr(tarfile.TarInfo, "_frombuf", tarfile.TarInfo.frombuf, raising=False)
+    header = tarfile.TarInfo("a")
+    header.type = tarfile.FIFOTYPE
+    with pytest.raises(BadArchive, match="unusual kind"):
+        archive._Header._frombuf(header.tobuf(), "utf-8", "strict")
 
 
 def test_a_list_of_members_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 from starlette.responses import RedirectResponse, Response
 
 from r3mes_vllm.errors import BlockMismatch, ContentNotFound, IpfsError, StorageFull
-from r3mes_vllm.ipfs import car
-from r3mes_vllm.ipfs import fetch as fetching
+from r3mes_vllm.ipfs import car, race
 from r3mes_vllm.ipfs.blockstore import BlockStore
 from r3mes_vllm.ipfs.cid import CID, RAW
-from r3mes_vllm.ipfs.fetch import Progress, fetch
+from r3mes_vllm.ipfs.fetch import fetch
+from r3mes_vllm.ipfs.race import Progress
 from r3mes_vllm.ipfs.sources import BlocksSource, CarSource, GatewaySource
 from r3mes_vllm.ipfs.tree import Limits
 from tests.peers import gateway as gateways
@@ -135,7 +135,7 @@ async def test_a_gateway_may_send_on_to_a_host_below_its_own(
 async def test_a_slow_source_is_overtaken(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "_HEDGE_S", 0.3)
+    monkeypatch.setattr(race, "_HEDGE_S", 0.3)
     slow, quick = Gateway(published, gateways.trickle), Gateway(published)
     seen: list[Progress] = []
     async with listening(slow) as first, listening(quick) as second:
@@ -297,7 +297,7 @@ async def test_a_full_disk_is_said_and_what_came_stays(
         return real(fd, data, offset)
 
     monkeypatch.setattr("r3mes_vllm.ipfs.direct.os.pwrite", full)
-    monkeypatch.setattr(fetching, "_BATCH", 1 << 18)
+    monkeypatch.setattr(race, "_BATCH", 1 << 18)
     async with listening(Gateway(published)) as source:
         with pytest.raises(StorageFull, match="no room left"):
             await fetch(published.root, tmp_path / "fetch", sources=[source])
