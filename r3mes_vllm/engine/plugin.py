@@ -2,7 +2,7 @@
 
 from vllm.platforms import current_platform
 
-CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.MaskedPunicaWrapper"
+CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.CpuPunicaWrapper"
 
 
 def register() -> None:

@@ -1,11 +1,14 @@
-"""Rows of the base model stay the base model's when every slot is taken (hazard 1)."""
+"""Each row gets its own adapter, those of the base model none (hazards 1 and 2)."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from r3mes_vllm.engine.cpu_lora import MaskedPunicaWrapper
+from r3mes_vllm.engine import cpu_lora
+from r3mes_vllm.engine.cpu_lora import CpuPunicaWrapper
 
 SLOTS, RANK, INPUTS, OUTPUTS = 2, 4, 16, 8
 IDS = [7, 9]  # the adapters in slot 0 and 1
@@ -36,7 +39,7 @@ def added_by_lora(
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize("rows", [[0, 7, 9, 0], [7, 9, 0], [0], [0, 0, 9], [7, 7, 9]])
 def test_every_row_gets_its_own_adapter_and_the_base_none(rows: list[int], prefill: bool) -> None:
-    assert added_by_lora(MaskedPunicaWrapper, rows, prefill=prefill) < 1e-4
+    assert added_by_lora(CpuPunicaWrapper, rows, prefill=prefill) < 1e-4
 
 
 def test_stock_vllm_gives_base_rows_the_last_slots_adapter() -> None:
@@ -45,9 +48,9 @@ def test_stock_vllm_gives_base_rows_the_last_slots_adapter() -> None:
 
 
 def test_an_infinite_adapter_beside_it_leaves_the_base_row_alone() -> None:
-    wrapper = MaskedPunicaWrapper(64, 64, "cpu")
+    wrapper = CpuPunicaWrapper(64, 64, "cpu")
     wrapper.update_metadata(
-        LoRAMapping((0, 9), (0, 9), is_prefill=False), IDS, SLOTS, vocab_size=32
+        LoRAMapping((0, 9), (0, 9), is_prefill=False), list[int | None](IDS), SLOTS, vocab_size=32
     )
     a = torch.full((SLOTS, 1, RANK, INPUTS), float("inf"))
     y = torch.zeros(2, OUTPUTS)
@@ -55,3 +58,109 @@ def test_an_infinite_adapter_beside_it_leaves_the_base_row_alone() -> None:
         y, torch.ones(2, INPUTS), (a,), (torch.ones(SLOTS, 1, OUTPUTS, RANK),), 1.0, (OUTPUTS,)
     )
     assert y[0].eq(0).all()
+
+
+class Layer:
+    """Stacked weights of a layer of three slices, as vLLM keeps them, and what they should give."""
+
+    outputs = (24, 8, 8)
+    inputs, slots, rank = 32, 4, 8
+
+    def __init__(self, seed: int) -> None:
+        self._random = torch.Generator().manual_seed(seed)
+        self.a = tuple(
+            torch.zeros(self.slots, 1, self.rank, self.inputs, dtype=torch.bfloat16)
+            for _ in self.outputs
+        )
+        self.b = tuple(
+            torch.zeros(self.slots, 1, outputs, self.rank, dtype=torch.bfloat16)
+            for outputs in self.outputs
+        )
+
+    def place(self, slot: int, ranks: tuple[int, ...]) -> None:
+        """Another adapter, of the given rank in each slice; 0 leaves the slice alone."""
+        with torch.inference_mode():
+            for a, b, rank in zip(self.a, self.b, ranks, strict=True):
+                a[slot] = 0
+                b[slot] = 0
+                a[slot, 0, :rank] = torch.randn(rank, self.inputs, generator=self._random)
+                b[slot, 0, :, :rank] = torch.randn(b.shape[2], rank, generator=self._random)
+
+    def rows(self, count: int) -> torch.Tensor:
+        return torch.randn(count, self.inputs, generator=self._random).bfloat16()
+
+    def expected(self, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
+        """In float64; -1 is the base model."""
+        y = torch.zeros(len(x), sum(self.outputs), dtype=torch.float64)
+        for row, slot in enumerate(slots):
+            if slot >= 0:
+                parts = [
+                    b[slot, 0].double() @ (a[slot, 0].double() @ x[row].double())
+                    for a, b in zip(self.a, self.b, strict=True)
+                ]
+                y[row] = torch.cat(parts)
+        return y
+
+    def differ(self, wrapper: CpuPunicaWrapper, slots: list[int]) -> bool:
+        """Whether some row is further from float64 than the rounding of bf16 explains."""
+        ids: list[int | None] = [slot + 10 for slot in range(self.slots)]
+        rows = tuple(slot + 10 if slot >= 0 else 0 for slot in slots)
+        wrapper.update_metadata(LoRAMapping(rows, rows, is_prefill=True), ids, self.slots, 32)
+        x, y = self.rows(len(slots)), torch.zeros(len(slots), sum(self.outputs)).bfloat16()
+        with torch.inference_mode():
+            wrapper.add_lora_linear(y, x, self.a, self.b, 1.0, self.outputs)
+        expected = self.expected(x, slots)
+        largest = expected.abs().amax(dim=1, keepdim=True)
+        return bool(((y.double() - expected).abs() > largest * 2**-6).any())
+
+
+RANKS = st.tuples(*[st.integers(0, Layer.rank)] * 3)
+ROWS = st.lists(
+    st.tuples(st.integers(-1, Layer.slots - 1), st.integers(1, 40)), min_size=1, max_size=8
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 3), RANKS), max_size=3), ROWS), max_size=6)
+)
+def test_every_mix_equals_float64_also_as_adapters_come_and_go(
+    steps: list[tuple[list[tuple[int, tuple[int, ...]]], list[tuple[int, int]]]],
+) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(512, 64, "cpu")
+    for placed, runs in steps:
+        for slot, ranks in placed:
+            layer.place(slot, ranks)
+        assert not layer.differ(wrapper, [slot for slot, length in runs for _ in range(length)])
+
+
+def test_long_runs_and_many_columns_equal_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(2048, 64, "cpu")
+    for slot in range(layer.slots):
+        layer.place(slot, (8, 4, 0))
+    slots = [0] * 200 + [1, -1, 2] * 5 + [-1] * 200 + [3] * 150 + [2]
+    assert not layer.differ(wrapper, slots)
+    monkeypatch.setattr(cpu_lora, "_ONE_PRODUCT", 0)
+    assert not layer.differ(CpuPunicaWrapper(2048, 64, "cpu"), slots)
+
+
+def test_without_the_mask_a_row_gets_others_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
+    layer.place(0, (8, 8, 8))
+    assert not layer.differ(wrapper, [0, -1])
+    monkeypatch.setattr(torch.Tensor, "masked_fill_", lambda self, mask, value: self)
+    assert layer.differ(CpuPunicaWrapper(64, 64, "cpu"), [0, -1])
+
+
+def test_an_adapter_that_takes_a_slot_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
+    layer.place(0, (8, 8, 8))
+    assert not layer.differ(wrapper, [0, -1])
+    layer.place(0, (8, 8, 8))
+    assert not layer.differ(wrapper, [0, -1])
+    layer.place(0, (8, 8, 8))
+    monkeypatch.setattr(cpu_lora._Layer, "_versions", lambda self: (0,) * 6, raising=True)
+    stale = CpuPunicaWrapper(64, 64, "cpu")
+    assert not layer.differ(stale, [0, -1])
+    layer.place(0, (8, 8, 8))
+    assert layer.differ(stale, [0, -1])
