@@ -47,6 +47,17 @@ class ChatSettings(BaseModel):
     """Import path `module:function` of `(message: str, adapters: list[str]) -> str | None`."""
 
 
+class AdapterSettings(BaseModel):
+    """`[adapters.NAME]`: what an adapter gets of an engine that it shares."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight: float = Field(default=1.0, gt=0)
+    """Of its turns, beside those of others."""
+    in_flight: int | None = Field(default=None, ge=1)
+    """Requests that run at a time; the others wait and hold up nobody."""
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="R3MES_", extra="forbid", frozen=True)
 
@@ -62,6 +73,25 @@ class Settings(BaseSettings):
     loras: Annotated[list[str], NoDecode] = []
     lora_policy: str = "first"
     """Without `loras`: `first`, `all`, `category:NAME`, or an import path `module:function`."""
+    followed: Annotated[list[str], NoDecode] = []
+    """Of `loras`, what the registry may replace by another CID; for the server's process."""
+    on_demand: bool = True
+    """Load an adapter of the registry when the first request for it comes."""
+    allow_cid: bool = False
+    """Take `ipfs://CID` for the name of an adapter."""
+    load_wait: float = Field(20.0, ge=0)
+    """Seconds a request waits for an adapter that is not here yet."""
+    loads_waiting: int = Field(64, ge=1)
+    registry_refresh: float = Field(30.0, ge=1)
+    """Seconds between two looks at the registry for new versions."""
+    canary_interval: float = Field(5.0, ge=0.5, le=60)
+    """Seconds between two looks at the engine's health."""
+    canary_timeout: float = Field(8.0, ge=1)
+    """Seconds that a step of a well engine may take."""
+    restarts: Annotated[list[float], NoDecode] = []
+    """When this node started again because of its engine, by the machine's clock; internal."""
+    restored: Annotated[list[str], NoDecode] = []
+    """`NAME=CID` of the adapters that such a node goes on with, in place of `loras`; internal."""
     model: str | None = None
     max_loras: int | None = Field(None, ge=1)
     max_lora_rank: int | None = Field(None, ge=1)
@@ -72,6 +102,9 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = None
     admin_key: str | None = None
     chat: ChatSettings = ChatSettings()
+    adapter_cycle: float = Field(1.8, ge=0)
+    """Seconds in which each adapter that waits for a slot has a turn; 0: stock vLLM's schedule."""
+    adapters: dict[str, AdapterSettings] = {}
 
     # supply
     ipfs_api_url: str = "http://127.0.0.1:5001"
@@ -107,7 +140,11 @@ class Settings(BaseSettings):
     allow_private_nodes: bool = False
     require_signatures: bool = False
 
-    @field_validator("loras", "ipfs_gateways", "ipfs_blocks", "api_keys", mode="before")
+    @field_validator(
+        *("loras", "followed", "restarts", "restored"),
+        *("ipfs_gateways", "ipfs_blocks", "api_keys"),
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -153,7 +190,7 @@ class Settings(BaseSettings):
         return {
             _variable(name): value
             if isinstance(value, str)
-            else ",".join(value)
+            else ",".join(map(str, value))
             if isinstance(value, list)
             else json.dumps(value)
             for name, value in values.items()
