@@ -1,5 +1,7 @@
 """Each row gets its own adapter, those of the base model none (hazards 1 and 2)."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -164,3 +166,71 @@ def test_an_adapter_that_takes_a_slot_is_noticed(monkeypatch: pytest.MonkeyPatch
     assert not layer.differ(stale, [0, -1])
     layer.place(0, (8, 8, 8))
     assert layer.differ(stale, [0, -1])
+
+
+def _place(wrapper: CpuPunicaWrapper, layer: Layer, slot: int) -> None:
+    """As staging does, between steps."""
+    wrapper.place(slot, layer.a, layer.b, layer.outputs, lambda: layer.place(slot, (8, 4, 0)))
+
+
+def test_placing_an_adapter_lays_out_nothing_else_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
+    packed: list[tuple[int, ...]] = []
+    real = cpu_lora._packed
+
+    def watched(a: Any, b: Any, slots: tuple[int, ...], *others: Any) -> Any:
+        packed.append(slots)
+        return real(a, b, slots, *others)
+
+    monkeypatch.setattr(cpu_lora, "_packed", watched)
+    _place(wrapper, layer, 0)
+    _place(wrapper, layer, 1)
+    assert not layer.differ(wrapper, [0, 1, -1])
+    assert packed == [(0,), (1,), (0, 1)]
+    _place(wrapper, layer, 2)
+    assert not layer.differ(wrapper, [0, 1, -1])
+    assert not layer.differ(wrapper, [2, -1])
+    assert packed == [(0,), (1,), (0, 1), (2,)]
+    _place(wrapper, layer, 1)
+    assert not layer.differ(wrapper, [0, 1, -1])
+    assert packed[4:] == [(1,), (0, 1)]
+
+
+def test_an_adapter_of_large_rank_is_not_laid_out_beside_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
+    _place(wrapper, layer, 0)
+    _place(wrapper, layer, 1)
+    monkeypatch.setattr(cpu_lora, "_WIDE", 8)
+    _place(wrapper, layer, 2)
+    assert not layer.differ(wrapper, [0, 1, 2, -1, 2, 1])
+    (of_layer,) = wrapper._layers.values()
+    assert all(2 not in slots for slots in of_layer._packs if len(slots) > 1)
+
+
+def test_an_adapter_that_left_its_slot_is_freed() -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
+    _place(wrapper, layer, 0)
+    mapping = LoRAMapping((0,), (0,), is_prefill=False)
+    wrapper.update_metadata(mapping, [7, None, None, None], Layer.slots, vocab_size=32)
+    (of_layer,) = wrapper._layers.values()
+    assert of_layer._packs
+    wrapper.update_metadata(mapping, [None] * Layer.slots, Layer.slots, vocab_size=32)
+    assert not of_layer._packs
+
+
+@pytest.mark.parametrize("rows", [[0, 7, 9, 0], [9, 7], [0]])
+def test_logits_get_their_own_adapter_and_those_of_the_base_none(rows: list[int]) -> None:
+    torch.manual_seed(0)
+    wrapper = CpuPunicaWrapper(64, 64, "cpu")
+    mapping = LoRAMapping(tuple(rows), tuple(rows), is_prefill=False)
+    wrapper.update_metadata(mapping, list[int | None](IDS), SLOTS, vocab_size=OUTPUTS)
+    a, b = torch.randn(SLOTS, 1, RANK, INPUTS), torch.randn(SLOTS, 1, OUTPUTS, RANK)
+    x, y = torch.randn(len(rows), INPUTS), torch.zeros(len(rows), OUTPUTS + 3)
+    wrapper.add_lora_logits(y, x, a, b, 1.0)
+    for row, id_ in enumerate(rows):
+        slot = IDS.index(id_) if id_ else 0
+        expected = b[slot, 0] @ a[slot, 0] @ x[row] * bool(id_)
+        assert torch.allclose(y[row, :OUTPUTS], expected, atol=1e-4)
+    assert y[:, OUTPUTS:].eq(0).all()
