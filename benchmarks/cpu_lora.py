@@ -73,17 +73,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="a part of a case's name")
+    parser.add_argument("--dtype", default="bfloat16", help="or float32")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
         _work(json.loads(options.engine))
         return
-    result = measure(options.rounds, options.only or "")
+    result = measure(options.rounds, options.only or "", options.dtype)
     print(json.dumps(result, indent=1) if options.json else _told(result))
 
 
-def measure(rounds: int, only: str) -> dict[str, Any]:
+def measure(rounds: int, only: str, dtype: str) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         for engine, flags in ENGINES.items():
@@ -95,12 +96,12 @@ def measure(rounds: int, only: str) -> dict[str, Any]:
                 _adapter(Path(name) / engine / str(number), number, 8, modules)
                 for number in range(16)
             ]
-            told = flags | {"adapters": [str(folder) for folder in folders]}
+            told = flags | {"adapters": [str(folder) for folder in folders], "dtype": dtype}
             with _Engine("stock", told) as stock, _Engine("ours", told) as ours:
                 found += [_measured(case, ours, stock, rounds) for case in cases]
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "model": "SmolLM2-135M-Instruct, bf16",
+        "model": f"SmolLM2-135M-Instruct, {dtype}",
         "rounds": rounds,
         "cases": found,
     }
@@ -217,7 +218,6 @@ def _work(flags: dict[str, Any]) -> None:
     folders = flags.pop("adapters")
     engine = LLM(
         str(embedded_base_model(Path(platformdirs.user_cache_dir("r3mes-vllm")))),
-        dtype="bfloat16",
         enable_lora=True,
         max_model_len=2304,
         max_num_batched_tokens=2304,

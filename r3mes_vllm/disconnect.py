@@ -7,9 +7,9 @@ from typing import Any
 from starlette.types import Receive
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`, and cancel it as soon as the client is gone. The request's body must have been
-    read, so that `receive` has nothing more to say than that."""
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Run `work`, and cancel it as soon as the client is gone; whether it came to its end. The
+    request's body must have been read, so that `receive` has nothing more to say than that."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -22,5 +22,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
-    if not working.cancelled():
-        working.result()
+    if working.cancelled():
+        return False
+    working.result()
+    return True

@@ -42,6 +42,11 @@ class R3mesError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the HTTP answer."""
+        return {}
+
     def body(self) -> dict[str, dict[str, str]]:
         """The JSON body of an HTTP answer outside `/v1`."""
         return {"error": {"code": self.code, "message": self.message, "hint": self.hint}}
@@ -150,6 +155,10 @@ class AdapterNotReady(AdapterError):
     def __init__(self, message: str, *, retry_after: int = 5, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after)}
 
 
 class EngineError(R3mesError):

@@ -30,6 +30,7 @@ class Network:
     """A backend and a node with the adapters `legal` and `medical`, of random weights."""
 
     folder: Path
+    node_cache: Path
     backend: Program
     node: Program
     backend_arguments: tuple[str, ...]
@@ -63,10 +64,13 @@ def network(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 # as many slots as adapters: stock vLLM then mixes up the rows
                 *("--max-loras", "2"),
                 url=node_url,
-                env={"R3MES_HEARTBEAT_INTERVAL": str(HEARTBEAT_S)},
+                env={
+                    "R3MES_HEARTBEAT_INTERVAL": str(HEARTBEAT_S),
+                    "R3MES_REGISTRY_REFRESH": "1",
+                },
             )
         )
         backend.wait_for("/health", 30)
         node.wait_for("/ready", NODE_STARTS_S)
         wait_until(lambda: "registered with" in node.output(), 20, "the registration")
-        yield Network(folder, backend, node, backend_arguments, running)
+        yield Network(folder, folder / "cache", backend, node, backend_arguments, running)

@@ -1,5 +1,6 @@
 """Real programs under test: started as a user starts them, on free loopback ports."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -31,6 +32,14 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
     raise AssertionError(f"waited {seconds} s for {what}")
 
 
+async def wait_until_async(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds} s for {what}")
+        await asyncio.sleep(0.005)
+
+
 @dataclass
 class Program:
     process: subprocess.Popen[bytes]
@@ -55,9 +64,13 @@ class Program:
 
 @contextlib.contextmanager
 def program(
-    folder: Path, *arguments: str, url: str = "", env: Mapping[str, str] | None = None
+    folder: Path,
+    *arguments: str,
+    url: str = "",
+    env: Mapping[str, str] | None = None,
+    module: str = "r3mes_vllm",
 ) -> Iterator[Program]:
-    """`r3mes-vllm ARGUMENTS` with a state and a cache of its own under `folder`."""
+    """`r3mes-vllm ARGUMENTS`, or another program's, with a state and a cache of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("R3MES_")}
     environment |= {
         "R3MES_STATE_DIR": str(folder / "state"),
@@ -69,7 +82,7 @@ def program(
     log = folder / f"{arguments[0]}-{time.monotonic_ns()}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "r3mes_vllm", *arguments],
+            [sys.executable, "-m", module, *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=file,

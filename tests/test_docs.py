@@ -101,3 +101,10 @@ def test_nothing_built_for_cuda_is_beside_the_cpu_build() -> None:
         return
     installed = {it.metadata["Name"] for it in metadata.distributions()}
     assert not installed & {"torchvision", "torchaudio", "torchcodec", "triton"}
+
+
+def test_every_test_that_the_engine_page_names_exists() -> None:
+    named = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", (ROOT / "docs/engine.md").read_text())
+    assert len(named) > 23
+    for file, name in named:
+        assert re.search(rf"^(async )?def {name}\b", (ROOT / file).read_text(), re.MULTILINE), name

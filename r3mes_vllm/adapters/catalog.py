@@ -32,6 +32,8 @@ class Wanted:
     name: str
     where: IpfsPath | None
     source: Path = Path()
+    listed: bool = False
+    """The registry says what the name stands for, and may say otherwise later."""
 
 
 Policy = Callable[[Sequence[Lora]], Sequence[Lora]]
@@ -74,7 +76,24 @@ class Catalog:
         try:
             return Wanted(what, IpfsPath.parse(what))
         except BadCID:
-            return self._by_name(checked_name(what))
+            return self.by_name(what)
+
+    def by_name(self, name: str) -> Wanted:
+        """Raises what `place_of` raises."""
+        return Wanted(name, self.place_of(name), listed=True)
+
+    def place_of(self, name: str) -> IpfsPath:
+        """Raises UnknownAdapter, ConfigError for what is no name, BadCID for what the registry
+        says of it."""
+        where_it_is = self._known.get(checked_name(name)) or shipped.cids().get(name)
+        if where_it_is is None:
+            where = "the backend's registry" if self._registry is not None else "the last run"
+            also = ", ".join(sorted({*self._known, *shipped.cids()}))
+            raise UnknownAdapter(
+                f"no adapter named {name!r} in {where}",
+                hint=f"known: {also}; or give its CID: --loras {name}=CID",
+            )
+        return IpfsPath.parse(where_it_is)
 
     @staticmethod
     def is_place(what: str) -> bool:
@@ -108,7 +127,7 @@ class Catalog:
             return self._chosen(item)
         name, equals, value = item.partition("=")
         if not equals:
-            return [self._by_name(checked_name(name))]
+            return [self.by_name(name)]
         if os.path.exists(os.path.expanduser(value)):
             return [Wanted(checked_name(name), None, Path(value).expanduser().absolute())]
         try:
@@ -124,21 +143,11 @@ class Catalog:
         wanted = []
         for lora in _policy(policy)(self._listed()):
             try:
-                wanted.append(Wanted(checked_name(lora.name), IpfsPath.parse(lora.ipfs_hash)))
+                where = IpfsPath.parse(lora.ipfs_hash)
+                wanted.append(Wanted(checked_name(lora.name), where, listed=True))
             except (BadCID, ConfigError) as error:
                 self.warnings.append(f"the registry's adapter {lora.name!r} is left out: {error}")
         return wanted
-
-    def _by_name(self, name: str) -> Wanted:
-        where_it_is = self._known.get(name) or shipped.cids().get(name)
-        if where_it_is is None:
-            where = "the backend's registry" if self._registry is not None else "the last run"
-            also = ", ".join(sorted({*self._known, *shipped.cids()}))
-            raise UnknownAdapter(
-                f"no adapter named {name!r} in {where}",
-                hint=f"known: {also}; or give its CID: --loras {name}=CID",
-            )
-        return Wanted(name, IpfsPath.parse(where_it_is))
 
     def _listed(self) -> Sequence[Lora]:
         if self._registry:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r3mes_vllm.adapters import shipped
@@ -55,7 +55,7 @@ class _Flight:
     """One fetch, and how many wait for it."""
 
     task: asyncio.Task[None]
-    watchers: list[ProgressCall] = field(default_factory=list)
+    watchers: list[ProgressCall]
     waiting: int = 0
 
 
@@ -93,6 +93,8 @@ class Supply:
         self._gate = asyncio.Semaphore(at_once)
         self._waiting = waiting
         self._flights: dict[CID, _Flight] = {}
+        self._pinned: set[CID] = set()
+        """By this supply."""
 
     @classmethod
     def of(
@@ -125,15 +127,20 @@ class Supply:
         """The adapter at `where`, fetched if need be; many callers make one fetch of it.
 
         Raises IpfsError when it can't be had, AdapterRefused when it may not be used,
-        AdapterNotReady when too many wait, StorageFull.
+        AdapterNotReady when too many wait, AdapterError when it can't be pinned, StorageFull.
         """
-        cid = await self._resolved(where) if isinstance(where, IpfsPath) else where
-        if (held := await self._held(cid)) is not None:
-            return held
-        await self._fetched_once(cid, self._sources_of(cid), progress)
-        if self._pin:
-            await self._pinned(cid)
-        return await self._held_now(cid)
+        cid = await self.resolve(where) if isinstance(where, IpfsPath) else where
+        held = await self._held(cid)
+        if held is None:
+            await self._fetched_once(cid, self._sources_of(cid), progress)
+            held = await self._held_now(cid)
+        if self._pin and cid not in self._pinned:
+            try:
+                await self._pin_in_daemon(cid)
+            except BaseException:
+                held.lease.release()
+                raise
+        return held
 
     async def import_path(self, path: Path) -> Obtained:
         """The adapter in the operator's directory, CAR, archive or weights at `path`, under the
@@ -155,7 +162,7 @@ class Supply:
         """What is there, fetched and verified but not vetted, for as long as the context lasts."""
         with self._store.scratch() as scratch:
             if isinstance(where, IpfsPath):
-                cid = await self._resolved(where)
+                cid = await self.resolve(where)
                 sources = self._sources_of(cid)
             elif where.is_dir() or _is_content(where):  # noqa: ASYNC240 - asked once
                 yield where
@@ -173,7 +180,8 @@ class Supply:
         await self._fetched_once(cid, [source], None)
         return await self._held_now(cid)
 
-    async def _resolved(self, path: IpfsPath) -> CID:
+    async def resolve(self, path: IpfsPath) -> CID:
+        """The CID that `path` leads to. Raises IpfsError."""
         if not path.names:
             return path.root
         with self._store.scratch() as scratch:
@@ -216,9 +224,10 @@ class Supply:
                     f"{len(self._flights)} adapters are being fetched already",
                     hint="try again later",
                 )
-            flight = _Flight(asyncio.create_task(self._fetch(cid, sources)))
-            self._flights[cid] = flight
-            flight.task.add_done_callback(lambda _: self._flights.pop(cid, None))
+            watchers: list[ProgressCall] = []
+            task = asyncio.create_task(self._fetch(cid, sources, watchers))
+            self._flights[cid] = flight = _Flight(task, watchers)
+            task.add_done_callback(lambda _: self._land(cid, flight))
         if progress:
             flight.watchers.append(progress)
         flight.waiting += 1
@@ -229,14 +238,20 @@ class Supply:
             if progress:
                 flight.watchers.remove(progress)
             if not flight.waiting and not flight.task.done():
-                self._flights.pop(cid, None)
+                self._land(cid, flight)
                 flight.task.cancel()
                 await asyncio.wait({flight.task})
 
-    async def _fetch(self, cid: CID, sources: Sequence[Source]) -> None:
+    def _land(self, cid: CID, flight: _Flight) -> None:
+        """Nobody joins it any more. Another may be under way while a cancelled one ends."""
+        if self._flights.get(cid) is flight:
+            del self._flights[cid]
+
+    async def _fetch(
+        self, cid: CID, sources: Sequence[Source], watchers: Sequence[ProgressCall]
+    ) -> None:
         def tell(progress: Progress) -> None:
-            flight = self._flights.get(cid)
-            for watcher in tuple(flight.watchers) if flight else ():
+            for watcher in tuple(watchers):
                 watcher(progress)
 
         async with self._gate, self._store.incoming(cid) as folder:
@@ -256,7 +271,7 @@ class Supply:
                 await asyncio.to_thread(self._store.discard, cid)
                 raise
 
-    async def _pinned(self, cid: CID) -> None:
+    async def _pin_in_daemon(self, cid: CID) -> None:
         async with exchange(self._limits) as connections:
             try:
                 await self._daemon.pin(cid, connections)
@@ -265,6 +280,7 @@ class Supply:
                     f"{cid} is here, but is not pinned: {error}",
                     hint="is the IPFS daemon running? ipfs pin add CID",
                 ) from error
+        self._pinned.add(cid)
 
     async def _vet(self, directory: Path, rules: Sequence[Rule]) -> Adapter:
         return await asyncio.to_thread(

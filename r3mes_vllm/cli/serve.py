@@ -37,6 +37,20 @@ def serve(
     max_lora_rank: Annotated[
         int | None, typer.Option(help="Largest rank served. [from the adapters]")
     ] = None,
+    load_wait: Annotated[
+        float | None,
+        typer.Option(help="Seconds a request waits for an adapter that is not here yet. [20]"),
+    ] = None,
+    allow_cid: Annotated[
+        bool | None, typer.Option("--allow-cid", help="Serve any vetted ipfs://CID by that name.")
+    ] = None,
+    on_demand: Annotated[
+        bool | None,
+        typer.Option(
+            "--on-demand/--no-on-demand",
+            help="Load the registry's other adapters when they are asked for. [yes]",
+        ),
+    ] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Listen beyond loopback without a key.")
     ] = None,
@@ -67,6 +81,9 @@ def serve(
             "cache_size": cache_size,
             "max_loras": max_loras,
             "max_lora_rank": max_lora_rank,
+            "load_wait": load_wait,
+            "allow_cid": allow_cid,
+            "on_demand": on_demand,
             "insecure": insecure,
             "open_chat": open_chat,
             "public_metrics": public_metrics,

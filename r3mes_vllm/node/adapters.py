@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from r3mes_vllm.adapters.catalog import Catalog, Wanted
-from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.supply import Obtained, Supply
 from r3mes_vllm.errors import AdapterError, BackendError, IpfsError, StorageFull
 from r3mes_vllm.ipfs.race import Progress
@@ -20,13 +19,14 @@ from r3mes_vllm.wire import Lora
 class Named:
     name: str
     adapter: Obtained
+    listed: bool
+    """As in `Wanted`."""
 
 
 async def obtain_all(
     settings: Settings,
+    supply: Supply,
     *,
-    base: ModelShape,
-    max_rank: int,
     progress: Callable[[str, Progress], None] | None = None,
 ) -> list[Named]:
     """The adapters to serve, fetched, vetted and held, in the order they were named.
@@ -36,11 +36,11 @@ async def obtain_all(
     """
     catalog = Catalog(settings.state_dir, await _registry(settings))
     wanted = catalog.choose(settings.loras, settings.lora_policy)
-    supply = Supply.of(settings, base=base, max_rank=max_rank)
 
     async def one(it: Wanted) -> Named | None:
         try:
-            return Named(it.name, await _obtain(supply, it, progress))
+            listed = it.listed or it.name in settings.followed
+            return Named(it.name, await _obtain(supply, it, progress), listed)
         except (IpfsError, AdapterError, StorageFull) as error:
             hint = f" ({error.hint})" if error.hint else ""
             warn(f"adapter {it.name!r} is left out: {error}{hint}")

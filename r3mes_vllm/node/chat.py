@@ -3,18 +3,20 @@
 import json
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
+from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.engine.answer import Piece, answer
-from r3mes_vllm.engine.host import Hosted
-from r3mes_vllm.errors import BadRequest, EngineError, R3mesError, UnknownAdapter
+from r3mes_vllm.engine.host import Host
+from r3mes_vllm.engine.version import Version
+from r3mes_vllm.errors import BadRequest, EngineError, R3mesError
 from r3mes_vllm.wire import ChatRequest
 
 DEFAULT_MAX_TOKENS = 512
@@ -22,26 +24,44 @@ _SSE = "text/event-stream"
 
 router = APIRouter()
 
+Form = Callable[[AsyncIterator[Piece], str | None, Version | None], AsyncGenerator[str, None]]
+"""From the pieces of an answer of the adapter of that name, in that version, to what is sent."""
+
 
 @router.post("/chat")
 async def chat(request: Request) -> Response:
     request_id = request.headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
-    headers = {"X-Request-Id": request_id}
     try:
         asked = await _read(request)
-        hosted = _choose(request, asked)
     except R3mesError as error:
-        return JSONResponse(error.body(), error.status, headers)
-    if hosted:
-        headers |= {"X-R3MES-Adapter": hosted.name, "X-R3MES-CID": hosted.cid}
-    pieces = answer(
-        request.app.state.openai_serving_chat, _completion_fields(request, asked, hosted), request
-    )
+        return refusal(error, request_id)
+    form: Form
     if not asked.stream:
-        return HeldAnswer(lambda: _whole(pieces, hosted), headers, "application/json")
-    if _SSE in request.headers.get("accept", ""):
-        return HeldAnswer(lambda: _events(pieces), headers, _SSE)
-    return HeldAnswer(lambda: _text(pieces), headers, "text/plain; charset=utf-8")
+        form, media_type = _whole, "application/json"
+    elif _SSE in request.headers.get("accept", ""):
+        form, media_type = _events, _SSE
+    else:
+        form, media_type = _text, "text/plain; charset=utf-8"
+
+    async def body(headers: MutableHeaders) -> AsyncGenerator[str, None]:
+        host: Host = request.app.state.r3mes.host
+        name = _choose(request, asked)
+        async with host.hold(name) if name else nullcontext() as version:
+            if name and version:
+                headers["X-R3MES-Adapter"] = name.partition("@")[0]
+                headers["X-R3MES-CID"] = version.cid
+            fields = _completion_fields(asked, name or host.base_model)
+            pieces = answer(request.app.state.openai_serving_chat, fields, request)
+            async with aclosing(form(pieces, name, version)) as parts:
+                async for part in parts:
+                    yield part
+
+    return HeldAnswer(body, request_id, media_type)
+
+
+def refusal(error: R3mesError, request_id: str) -> Response:
+    headers = {"X-Request-Id": request_id, **error.headers}
+    return JSONResponse(error.body(), error.status, headers)
 
 
 class HeldAnswer(Response):
@@ -54,13 +74,15 @@ class HeldAnswer(Response):
 
     def __init__(
         self,
-        body: Callable[[], AsyncGenerator[str, None]],
-        headers: dict[str, str],
+        body: Callable[[MutableHeaders], AsyncGenerator[str, None]],
+        request_id: str,
         media_type: str,
     ) -> None:
-        super().__init__(headers=headers, media_type=media_type)
+        """`body` may add headers before its first part."""
+        super().__init__(headers={"X-Request-Id": request_id}, media_type=media_type)
         del self.headers["content-length"]
         self._body = body
+        self._request_id = request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._send(scope, receive, send))
@@ -68,7 +90,7 @@ class HeldAnswer(Response):
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
-            async with aclosing(self._body()) as parts:
+            async with aclosing(self._body(self.headers)) as parts:
                 async for part in parts:
                     if not started:
                         await send(
@@ -87,19 +109,18 @@ class HeldAnswer(Response):
         except R3mesError as error:
             if started:
                 raise
-            headers = {"X-Request-Id": self.headers["x-request-id"]}
-            await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+            await refusal(error, self._request_id)(scope, receive, send)
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _text(pieces: AsyncIterator[Piece]) -> AsyncGenerator[str, None]:
+async def _text(pieces: AsyncIterator[Piece], *_: object) -> AsyncGenerator[str, None]:
     async for piece in pieces:
         if piece.text:
             yield piece.text
 
 
-async def _events(pieces: AsyncIterator[Piece]) -> AsyncGenerator[str, None]:
+async def _events(pieces: AsyncIterator[Piece], *_: object) -> AsyncGenerator[str, None]:
     finish_reason, usage, begun = None, None, False
     try:
         async for piece in pieces:
@@ -117,7 +138,9 @@ async def _events(pieces: AsyncIterator[Piece]) -> AsyncGenerator[str, None]:
         yield "data: [DONE]\n\n"
 
 
-async def _whole(pieces: AsyncIterator[Piece], hosted: Hosted | None) -> AsyncGenerator[str, None]:
+async def _whole(
+    pieces: AsyncIterator[Piece], name: str | None, version: Version | None
+) -> AsyncGenerator[str, None]:
     text, finish_reason, usage = "", None, None
     async for piece in pieces:
         text += piece.text
@@ -127,8 +150,8 @@ async def _whole(pieces: AsyncIterator[Piece], hosted: Hosted | None) -> AsyncGe
         yield json.dumps(
             {
                 "response": text,
-                "lora_name": hosted.name if hosted else None,
-                "cid": hosted.cid if hosted else None,
+                "lora_name": name.partition("@")[0] if name else None,
+                "cid": version.cid if version else None,
                 "usage": usage,
                 "finish_reason": finish_reason,
             }
@@ -147,32 +170,21 @@ async def _read(request: Request) -> ChatRequest:
     return asked
 
 
-def _choose(request: Request, asked: ChatRequest) -> Hosted | None:
-    """The adapter asked for; without a name the one that the policy chooses, if there is any."""
+def _choose(request: Request, asked: ChatRequest) -> str | None:
+    """The adapter asked for; without a name the one that the policy chooses; None for the base."""
     node = request.app.state.r3mes
-    name = asked.adapter or request.headers.get("x-adapter")
+    name: str | None = asked.adapter or request.headers.get("x-adapter")
     if name is None:
-        text = asked.message or _last_text(asked)
-        name = node.policy(text, [hosted.name for hosted in node.host.adapters])
-        return node.host.find(name) if name else None
-    if name == node.host.base_model:
-        return None
-    hosted: Hosted | None = node.host.find(name)
-    if hosted is None:
-        served = ", ".join(hosted.name for hosted in node.host.adapters)
-        raise UnknownAdapter(f"no adapter {name[:200]!r} here", hint=f"served are: {served}")
-    return hosted
+        name = node.policy(asked.message or _last_text(asked), list(node.host.adapters))
+    return None if node.host.is_base(name) else name
 
 
-def _completion_fields(
-    request: Request, asked: ChatRequest, hosted: Hosted | None
-) -> dict[str, Any]:
+def _completion_fields(asked: ChatRequest, model: str) -> dict[str, Any]:
     messages = list(asked.messages)
     if asked.message:
         messages.append({"role": "user", "content": asked.message})
-    node = request.app.state.r3mes
     fields = {
-        "model": f"{hosted.name}@{hosted.cid}" if hosted else node.host.base_model,
+        "model": model,
         "messages": messages,
         "max_tokens": DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens,
         "temperature": asked.temperature,

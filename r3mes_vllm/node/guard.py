@@ -5,6 +5,7 @@ vLLM's `--api-key` guards some prefixes and leaves `/invocations`, `POST /adapte
 """
 
 import hmac
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -25,6 +26,8 @@ class Access(Enum):
     ADMIN = "admin"
 
 
+_ADAPTER = re.compile(r"^/adapters/[^/]+$")
+
 ROUTES: Mapping[tuple[str, str], Access] = {
     ("GET", "/health"): Access.ANYONE,
     ("GET", "/ready"): Access.ANYONE,
@@ -35,6 +38,8 @@ ROUTES: Mapping[tuple[str, str], Access] = {
     ("POST", "/v1/responses"): Access.CLIENT,
     ("POST", "/v1/embeddings"): Access.CLIENT,
     ("GET", "/adapters"): Access.ADMIN,
+    ("POST", "/adapters"): Access.ADMIN,
+    ("DELETE", "/adapters/{name}"): Access.ADMIN,
     ("GET", "/metrics"): Access.ADMIN,
 }
 
@@ -103,9 +108,10 @@ class Guard:
         path = "/" + scope["path"].lstrip("/")
         scope = {**scope, "path": path, "raw_path": path.encode()}
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        access = self._routes.get((method, path))
+        route = _ADAPTER.sub("/adapters/{name}", path)
+        access = self._routes.get((method, route))
         if access is None:
-            await self._refuse_route(method, path)(scope, receive, send)
+            await self._refuse_route(method, route)(scope, receive, send)
         elif not self._keys.allow(access, _given_key(Headers(scope=scope))):
             await _refusal(
                 path, 401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY"

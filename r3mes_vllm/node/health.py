@@ -10,12 +10,12 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
-    """200 while the engine generates; 503 with the reason otherwise."""
+    """200 while the engine generates, by the canary's last look; 503 with the reason otherwise."""
     node = request.app.state.r3mes
-    trouble = await node.canary.trouble()
+    trouble = node.canary.trouble
     body = {
         "status": "ok" if trouble is None else "error",
-        "available_loras": [hosted.name for hosted in node.host.adapters],
+        "available_loras": list(node.host.adapters),
         "model": node.host.base_model,
         "version": __version__,
     }
@@ -28,7 +28,9 @@ async def health(request: Request) -> JSONResponse:
 async def ready(request: Request) -> JSONResponse:
     """200 only when the node should get traffic."""
     node = request.app.state.r3mes
-    trouble = await node.canary.trouble()
+    trouble = node.canary.trouble
+    if trouble is None and node.canary.stopping:
+        trouble = "shutting down"
     if trouble is None and not node.host.adapters:
         trouble = "no adapter is ready"
     if trouble is not None:
@@ -39,16 +41,3 @@ async def ready(request: Request) -> JSONResponse:
 @router.get("/v1/models")
 async def models(request: Request) -> JSONResponse:
     return JSONResponse(await request.app.state.r3mes.host.models())
-
-
-@router.get("/adapters")
-async def adapters(request: Request) -> JSONResponse:
-    """The admin's view: what is hosted. Paths stay on this machine."""
-    hosted = request.app.state.r3mes.host.adapters
-    return JSONResponse(
-        {
-            "adapters": [
-                {"name": it.name, "cid": it.cid, "rank": it.rank, "bytes": it.size} for it in hosted
-            ]
-        }
-    )

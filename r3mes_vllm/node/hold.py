@@ -1,0 +1,98 @@
+"""Every request under `/v1` holds its adapter from before vLLM's handler until its answer ended."""
+
+import json
+from contextlib import AsyncExitStack
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from r3mes_vllm.disconnect import while_connected
+from r3mes_vllm.engine.host import Host
+from r3mes_vllm.errors import R3mesError
+
+_ROUTES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+)
+
+
+class Hold:
+    """ASGI middleware. A body that is no JSON object with a text as `model` goes through: vLLM
+    says better what is wrong with it, and answers it from the base model at most."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in _ROUTES:
+            await self._app(scope, receive, send)
+            return
+        host: Host = scope["app"].state.r3mes.host
+        body = await _body(receive)
+        if body is None:
+            return  # the client is gone
+        again = _Replay(body, receive)
+        name = _model(body)
+        if name is None or host.is_base(name):
+            await self._app(scope, again, send)
+            return
+        async with AsyncExitStack() as until_answered:
+            try:
+                # a task of its own, which ends when the client goes; what it holds it lets go
+                if not host.is_ready(name) and not await while_connected(receive, host.load(name)):
+                    return
+                await until_answered.enter_async_context(host.hold(name))
+            except R3mesError as error:
+                await refusal(error)(scope, receive, send)
+                return
+            await self._app(scope, again, send)
+
+
+def refusal(error: R3mesError) -> Response:
+    """The error in OpenAI's shape."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    code = "model_not_found" if error.code == "unknown_adapter" else error.code
+    hint = f" ({error.hint})" if error.hint else ""
+    content: dict[str, Any] = {
+        "message": f"{error}{hint}",
+        "type": kind,
+        "param": "model",
+        "code": code,
+    }
+    return JSONResponse({"error": content}, error.status, error.headers)
+
+
+class _Replay:
+    """`receive` for what comes after: the body that was read, then the client itself."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+async def _body(receive: Receive) -> bytes | None:
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _model(body: bytes) -> str | None:
+    try:
+        model = json.loads(body)["model"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return model if isinstance(model, str) else None

@@ -1,0 +1,84 @@
+"""What the backend's registry says of adapters, while the node runs.
+
+A name that a request asks for is looked up here, and a name that got another CID is switched to it.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+from r3mes_vllm.adapters.catalog import Catalog
+from r3mes_vllm.adapters.supply import Supply
+from r3mes_vllm.engine.host import Host
+from r3mes_vllm.errors import BackendError, ConfigError, R3mesError, UnknownAdapter
+from r3mes_vllm.ipfs.cid import CID
+from r3mes_vllm.node.backend_client import BackendClient
+from r3mes_vllm.report import say, warn
+from r3mes_vllm.settings import Settings
+
+_FRESH_S = 5.0
+"""For so long a name that is not in the list is unknown without asking the backend again."""
+
+
+class Registry:
+    """`fixed` are names for which the operator gave the CID: the registry does not change those."""
+
+    def __init__(self, settings: Settings, supply: Supply, fixed: Iterable[str]) -> None:
+        self.fixed = set(fixed)
+        self._settings = settings
+        self._supply = supply
+        self._catalog = Catalog(settings.state_dir, None)
+        self._read_at = float("-inf")
+        self._lock = asyncio.Lock()
+        self._complaints: dict[str, str] = {}
+
+    async def lookup(self, name: str) -> CID:
+        """Raises UnknownAdapter, and IpfsError when a path below a CID can't be followed."""
+        if not self._settings.on_demand:
+            raise UnknownAdapter(f"no adapter {name[:200]!r} here")
+        try:
+            place = self._catalog.place_of(name)
+        except (UnknownAdapter, ConfigError):
+            await self._read(no_older_than_s=_FRESH_S)
+            try:
+                place = self._catalog.place_of(name)
+            except (UnknownAdapter, ConfigError) as error:
+                raise UnknownAdapter(  # the catalog's hints are for who starts the node
+                    f"no adapter {name[:200]!r} here or in the registry"
+                ) from error
+        return await self._supply.resolve(place)
+
+    async def follow(self, host: Host) -> None:
+        """Switch names to the versions that the registry has, until cancelled."""
+        while True:
+            await self._read(no_older_than_s=self._settings.registry_refresh / 2)
+            for name in set(host.adapters) - self.fixed:
+                await self._switch(host, name)
+            await asyncio.sleep(self._settings.registry_refresh)
+
+    async def _switch(self, host: Host, name: str) -> None:
+        try:
+            cid = await self._supply.resolve(self._catalog.place_of(name))
+            served = host.find(name)
+            if served is None or served.cid == str(cid):
+                return
+            await host.put(name, cid, keep=served.keep)
+            say(f"adapter {name!r} is {cid} now; answers under way finish on {served.cid}")
+            self._catalog.remember({name: cid})
+        except UnknownAdapter:
+            return  # no longer listed: no reason to stop serving it
+        except R3mesError as error:
+            if self._complaints.get(name) != str(error):
+                warn(f"adapter {name!r} stays at its version: {error}")
+            self._complaints[name] = str(error)
+
+    async def _read(self, *, no_older_than_s: float) -> None:
+        async with self._lock:
+            if time.monotonic() - self._read_at < no_older_than_s:
+                return
+            try:
+                async with BackendClient(self._settings.backend) as client:
+                    self._catalog = Catalog(self._settings.state_dir, await client.loras())
+            except BackendError:
+                pass  # the heartbeat says so
+            self._read_at = time.monotonic()

@@ -1,0 +1,25 @@
+"""Each request gets what it gets alone; `make isolation` is the long form (hazard 1)."""
+
+import json
+import subprocess
+import sys
+
+SEED = 20
+
+
+def trial(*arguments: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.engine.isolation", "--seed", str(SEED), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_in_every_mix_each_request_gets_what_it_gets_alone() -> None:
+    found = trial("--requests", "600")
+    assert found["wrong"] == 0
+    assert found["identical"] > 0.9 * found["requests"], found
+
+
+def test_stock_vllm_mixes_them_up() -> None:
+    """The twin; when vLLM mends it, this fails."""
+    assert trial("--requests", "100", "--stock")["wrong"] > 10
