@@ -8,6 +8,7 @@ import json
 import math
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +22,21 @@ from r3mes_vllm.errors import AdapterRefused
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-_MAX_CONFIG = 1 << 20
-_MAX_HEADER = 16 << 20
-_MAX_TENSORS = 100_000
-_CONFIG_DEPTH = 16
+MAX_CONFIG, CONFIG_DEPTH = 1 << 20, 16
+_MAX_HEADER, _HEADER_DEPTH = 4 << 20, 3
+_MAX_TENSORS = 25_000
+_MAX_PARTS = 12 * _MAX_TENSORS
+"""Of a JSON text: brackets and commas, of which a tensor's entry has eleven. What is parsed is many
+times as large as the text."""
+
+_MAX_DIMENSIONS = 8
 _LARGEST_NUMBER = 1 << 48
 _CHUNK = 1 << 18
 """Bytes; a chunk and its copy stay in a core's cache."""
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_NO_BRACKET = re.compile(rb"[^\[\]{}]+")
+# One that does not end goes to the end of the text: begun anew at each quote, it takes for ever.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_NO_PART = bytes(set(range(256)) - set(b"[]{},"))
 
 # name → (bytes an element, all but the sign, the exponent: all set means infinite or not a number)
 _DTYPES = {
@@ -72,19 +78,68 @@ class Candidate:
 
 def open_candidate(directory: Path, *, base: ModelShape | None, max_rank: int) -> Candidate:
     """Raises AdapterRefused when a file is missing or broken."""
-    config = read_json(directory / CONFIG, "config_is_json", _MAX_CONFIG, _CONFIG_DEPTH)
-    return Candidate(directory, config, _read_header(directory), max_rank, base)
+    config = read_json(directory / CONFIG, "config_is_json", MAX_CONFIG, CONFIG_DEPTH)
+    return Candidate(directory, config, read_header(directory / WEIGHTS)[0], max_rank, base)
 
 
 def read_json(path: Path, rule: str, largest: int, depth: int) -> dict[str, Any]:
     """The JSON object in the file. Raises AdapterRefused in the name of `rule`."""
-    raw = _read_regular(path, largest)
+    return parse_json(_read_regular(path, largest), path.name, rule, depth)
+
+
+def parse_json(
+    raw: bytes, name: str, rule: str, depth: int, parse_int: Callable[[str], int] = int
+) -> dict[str, Any]:
+    """The JSON object that `raw` is, in UTF-8. Raises AdapterRefused in the name of `rule`."""
+    if raw.count(b'"') > 2 * _MAX_PARTS:
+        refuse(rule, f"{name} has over {2 * _MAX_PARTS} quotes")
+    parts = _STRING.sub(b"", raw).translate(None, _NO_PART)
+    if len(parts) > _MAX_PARTS:
+        refuse(rule, f"{name} has {len(parts)} brackets and commas; at most {_MAX_PARTS}")
     level = 0
-    for bracket in _NO_BRACKET.sub(b"", _STRING.sub(b"", raw)):
-        level += 1 if bracket in b"[{" else -1
+    for part in parts:
+        level += (part in b"[{") - (part in b"]}")
         if level > depth:
-            refuse(rule, f"{path.name} is nested more than {depth} deep")
-    return _parse(raw, path.name, rule)
+            refuse(rule, f"{name} is nested more than {depth} deep")
+    try:
+        text = raw.decode()
+        found = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=parse_int
+        )
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()  # fails for half a surrogate pair
+    except (ValueError, RecursionError) as error:
+        refuse(rule, f"{name} is not valid JSON: {error}")
+    if not isinstance(found, dict):
+        refuse(rule, f"{name} is not a JSON object")
+    return found
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises AdapterRefused."""
+    _require_regular(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            refuse("header_is_sound", f"{path.name}: a header of {length} bytes in {size}")
+        raw = file.read(length)
+    title = f"the header of {path.name}"
+    header = parse_json(raw, title, "header_is_sound", _HEADER_DEPTH, _natural)
+    if len(header) > _MAX_TENSORS:
+        refuse("header_is_sound", f"{path.name}: {len(header)} tensors; at most {_MAX_TENSORS}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        refuse("header_is_sound", f"{path.name}: __metadata__ must map text to text")
+    tensors = {name: _read_tensor(name, entry, 8 + length) for name, entry in header.items()}
+    expected = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+        if tensor.start != expected:
+            refuse("header_is_sound", f"{path.name}: {short(name)} does not begin at {expected}")
+        expected = tensor.end
+    if expected != size:
+        refuse("header_is_sound", f"{path.name}: the tensors end at {expected}, the file at {size}")
+    return tensors, metadata
 
 
 def refuse(rule: str, message: str, *, hint: str = "") -> NoReturn:
@@ -92,8 +147,14 @@ def refuse(rule: str, message: str, *, hint: str = "") -> NoReturn:
 
 
 def short(value: object) -> str:
+    """For messages: one line, and nothing that a terminal obeys."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def printable(text: str) -> str:
+    """`text` with all but newlines escaped that a terminal obeys or can't show."""
+    return "".join(it if it.isprintable() or it == "\n" else ascii(it)[1:-1] for it in text)
 
 
 def _largest(
@@ -118,43 +179,6 @@ def _largest(
     return float(bits_of_one.view(np.float32 if size == 4 else np.float16))
 
 
-def _parse(raw: bytes, name: str, rule: str) -> dict[str, Any]:
-    try:
-        found = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        refuse(rule, f"{name} is not valid JSON: {error}")
-    if not isinstance(found, dict):
-        refuse(rule, f"{name} is not a JSON object")
-    return found
-
-
-def _read_header(directory: Path) -> dict[str, Tensor]:
-    path = directory / WEIGHTS
-    _require_regular(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            refuse("header_is_sound", f"{WEIGHTS}: a header of {length} bytes in {size}")
-        raw = file.read(length)
-    # How deep it may be follows from what each entry must be.
-    header = _parse(raw, f"the header of {WEIGHTS}", "header_is_sound")
-    if len(header) > _MAX_TENSORS:
-        refuse("header_is_sound", f"{WEIGHTS}: {len(header)} tensors; at most {_MAX_TENSORS}")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        refuse("header_is_sound", f"{WEIGHTS}: __metadata__ must map text to text")
-    tensors = {name: _read_tensor(name, entry, 8 + length) for name, entry in header.items()}
-    expected = 8 + length
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-        if tensor.start != expected:
-            refuse("header_is_sound", f"{WEIGHTS}: {short(name)} does not begin at {expected}")
-        expected = tensor.end
-    if expected != size:
-        refuse("header_is_sound", f"{WEIGHTS}: the tensors end at {expected}, the file at {size}")
-    return tensors
-
-
 def _read_tensor(name: str, entry: object, data_start: int) -> Tensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         refuse("header_is_sound", f"{short(name)}: malformed entry")
@@ -166,10 +190,12 @@ def _read_tensor(name: str, entry: object, data_start: int) -> Tensor:
         )
     if not isinstance(shape, list) or not isinstance(offsets, list):
         refuse("header_is_sound", f"{short(name)}: malformed shape or offsets")
+    if len(shape) > _MAX_DIMENSIONS or len(offsets) != 2:
+        refuse("header_is_sound", f"{short(name)}: malformed shape or offsets")
     for number in (*shape, *offsets):
         if type(number) is not int or not 0 <= number < _LARGEST_NUMBER:
             refuse("header_is_sound", f"{short(name)}: malformed shape or offsets")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype][0]:
+    if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype][0]:
         refuse("header_is_sound", f"{short(name)}: the offsets do not fit the shape")
     return Tensor(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
@@ -201,6 +227,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name stands twice")
     return result
+
+
+def _natural(text: str) -> int:
+    if text.startswith("-"):  # -0 too, which is none to those who read the file later
+        raise ValueError(f"{text[:20]} is negative")
+    return int(text)
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -12,6 +12,7 @@ from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.unwrap import unwrap
 from r3mes_vllm.adapters.vetting import RULES, facts_of
 from r3mes_vllm.errors import AdapterRefused
+from r3mes_vllm.ipfs.disk import full_disk_is_said
 from r3mes_vllm.ipfs.tree import Limits
 
 _READING = "files_can_be_read"
@@ -47,8 +48,8 @@ def inspect(
     fetched: Path, *, base: ModelShape | None, max_rank: int, limits: Limits | None = None
 ) -> Inspection:
     """Look at what was fetched: a directory, an archive or a file. Raises BadArchive and
-    ContentTooLarge for an archive that may not be unpacked."""
-    with tempfile.TemporaryDirectory() as work:
+    ContentTooLarge for an archive that may not be unpacked, StorageFull."""
+    with tempfile.TemporaryDirectory() as work, full_disk_is_said(Path(work)):
         try:
             directory, notes = unwrap(fetched, Path(work), limits or Limits())
             candidate = open_candidate(directory, base=base, max_rank=max_rank)
@@ -68,8 +69,10 @@ def _inspect(candidate: Candidate, notes: Sequence[str]) -> Inspection:
         except AdapterRefused as error:
             findings.append(Finding(name, "refused", str(error), error.hint))
             continue
-        except (TypeError, ValueError, KeyError, AttributeError):
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
             # It relies on what an earlier rule has just refused.
+            if all(finding.verdict != "refused" for finding in findings):
+                raise
             findings.append(Finding(name, "not checked", "because of what is refused above"))
             continue
         if name == _NEEDS_BASE and (candidate.base is None or candidate.base.modules is None):

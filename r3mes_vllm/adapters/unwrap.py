@@ -2,13 +2,20 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
+from r3mes_vllm.adapters.files import (
+    CONFIG,
+    CONFIG_DEPTH,
+    MAX_CONFIG,
+    WEIGHTS,
+    Tensor,
+    parse_json,
+    read_header,
+)
 from r3mes_vllm.errors import AdapterRefused
 from r3mes_vllm.ipfs import archive
 from r3mes_vllm.ipfs.tree import Limits
@@ -42,23 +49,27 @@ def unwrap(fetched: Path, work: Path, limits: Limits) -> tuple[Path, tuple[str, 
 
 
 def _of_weights(file: Path, work: Path) -> tuple[Path, tuple[str, ...]]:
-    """A folder with the lone weights `file` and the configuration that its tensors imply."""
+    """A folder with the lone weights `file`, which stays where it is, and the configuration that
+    its tensors imply."""
+    file = file.resolve()
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            told = tensors.metadata() or {}
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        tensors, metadata = read_header(file)
+    except AdapterRefused as error:
         raise AdapterRefused(
             "files_are_there",
             f"it is one file, and neither an archive nor safetensors weights ({error})",
             hint="publish the adapter's folder: r3mes-vllm adapter publish DIR --name NAME",
         ) from error
-    config = _told(told) or _implied(shapes)
+    told = _told(metadata)
+    config = told or _implied(tensors)
     folder = work / "lone"
     folder.mkdir()
-    os.rename(file, folder / WEIGHTS)
+    try:
+        os.link(file, folder / WEIGHTS)
+    except OSError:  # on another disk, or somebody else's
+        shutil.copyfile(file, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config))
-    if _told(told):
+    if told:
         return folder, (f"a lone file: {CONFIG} is taken from its metadata",)
     return folder, (
         f"a lone file without {CONFIG}: rank {config['r']} by its tensors, and lora_alpha as "
@@ -69,26 +80,27 @@ def _of_weights(file: Path, work: Path) -> tuple[Path, tuple[str, ...]]:
 def _told(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The configuration that some tools write into the weights' metadata."""
     for text in metadata.values():
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
+        if len(text) > MAX_CONFIG or not text.lstrip().startswith("{"):
             continue
-        if isinstance(found, dict) and "r" in found and "lora_alpha" in found:
+        try:
+            found = parse_json(text.encode(), "metadata", "config_is_json", CONFIG_DEPTH)
+        except AdapterRefused:
+            continue
+        if "r" in found and "lora_alpha" in found:
             return found
     return None
 
 
-def _implied(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
-    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(_SIDE_A) and shape}
+def _implied(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    sides_a = {name: it.shape for name, it in tensors.items() if name.endswith(_SIDE_A)}
+    ranks = {shape[0] for shape in sides_a.values() if shape}
     if len(ranks) != 1:
         raise AdapterRefused(
             "files_are_there",
             f"it is one file without {CONFIG}, and its tensors are not those of one rank",
             hint="publish the adapter's folder: r3mes-vllm adapter publish DIR --name NAME",
         )
-    targets = {
-        name.removesuffix(_SIDE_A).rpartition(".")[2] for name in shapes if name.endswith(_SIDE_A)
-    }
+    targets = {name.removesuffix(_SIDE_A).rpartition(".")[2] for name in sides_a}
     rank = ranks.pop()
     return {
         "peft_type": "LORA",

@@ -22,6 +22,16 @@ from r3mes_vllm.adapters.files import (
     short,
 )
 from r3mes_vllm.adapters.model_shape import ModelShape
+from r3mes_vllm.adapters.targets import (
+    MAX_KEYS,
+    MAX_MATCHES,
+    is_named,
+    layer_of,
+    layers_of,
+    listed,
+    pattern,
+    value_of,
+)
 
 __all__ = ["CONFIG", "HEADER_RULES", "LARGEST_RANK", "RULES", "WEIGHTS", "Adapter", "Rule", "vet"]
 
@@ -31,12 +41,20 @@ LARGEST_RANK = 512
 LARGEST_VALUE = 1e3
 """Of a single weight. Those of trained adapters are below 10."""
 
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-3, 65536
+"""Below, the change rounds to nothing in float16."""
+
+LARGEST_SUM = 1 << 15
+"""Of `inputs * max|A|`, what A makes of inputs of 1: beyond 65504 it is infinite in float16, and
+times a zero in B not a number."""
+
 LARGEST_CHANGE = 1e4
 """Of `scaling * rank * max|A| * max|B|`, which no element of the change to a weight exceeds.
 Trained adapters stay below 1e3; past 1e14 a square in the model's norms is infinite, then NaN."""
 
 _TOKENIZER = "tokenizer_config.json"
-_MAX_TOKENIZER, _TOKENIZER_DEPTH = 16 << 20, 32
+_MAX_TOKENIZER, _TOKENIZER_DEPTH = 4 << 20, 32
+_MAX_NAME = 256
 _LITERAL = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -101,7 +119,7 @@ def facts_of(it: Candidate) -> Adapter:
     if it.base and it.base.modules is None:
         warnings.append(f"which modules {it.base.name!r} has is not known: the engine must tell")
     return Adapter(
-        rank=max(it.config["r"], *_pattern(it.config, "rank_pattern").values(), 1),
+        rank=max(it.config["r"], *pattern(it.config, "rank_pattern").values(), 1),
         alpha=float(it.config["lora_alpha"]),
         modules=len(it.tensors) // 2,
         size=(it.directory / WEIGHTS).stat().st_size,
@@ -113,7 +131,7 @@ def facts_of(it: Candidate) -> Adapter:
 
 def kind_is_lora(it: Candidate) -> None:
     if it.config.get("peft_type") != "LORA":
-        refuse("kind_is_lora", f"peft_type is {it.config.get('peft_type')!r}, not 'LORA'")
+        refuse("kind_is_lora", f"peft_type is {short(it.config.get('peft_type'))}, not 'LORA'")
 
 
 def features_are_served(it: Candidate) -> None:
@@ -135,17 +153,20 @@ def features_are_served(it: Candidate) -> None:
 
 
 def rank_is_sane(it: Candidate) -> None:
-    ranks = {"r": it.config.get("r"), **_pattern(it.config, "rank_pattern")}
+    ranks = {"r": it.config.get("r"), **pattern(it.config, "rank_pattern")}
     for name, rank in ranks.items():
         if type(rank) is not int or not 1 <= rank <= it.max_rank:
-            refuse("rank_is_sane", f"{name} is {short(rank)}; it must be 1 to {it.max_rank}")
+            refuse("rank_is_sane", f"{_key(name)} is {short(rank)}; it must be 1 to {it.max_rank}")
 
 
 def alpha_is_sane(it: Candidate) -> None:
-    alphas = {"lora_alpha": it.config.get("lora_alpha"), **_pattern(it.config, "alpha_pattern")}
+    alphas = {"lora_alpha": it.config.get("lora_alpha"), **pattern(it.config, "alpha_pattern")}
     for name, alpha in alphas.items():
-        if type(alpha) not in (int, float) or not 0 < alpha <= 65536:
-            refuse("alpha_is_sane", f"{name} is {short(alpha)}; it must be over 0 to 65536")
+        if type(alpha) not in (int, float) or not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
+            refuse(
+                "alpha_is_sane",
+                f"{_key(name)} is {short(alpha)}; it must be {SMALLEST_ALPHA} to {LARGEST_ALPHA}",
+            )
 
 
 def names_are_literal(it: Candidate) -> None:
@@ -159,10 +180,19 @@ def names_are_literal(it: Candidate) -> None:
             f"target_modules is {short(targets)}",
             hint="list the modules by name, such as ['q_proj', 'v_proj']",
         )
+    keys = [*pattern(it.config, "rank_pattern"), *pattern(it.config, "alpha_pattern")]
+    asked = len(keys) * (len(it.tensors) // 2)
+    if len(keys) > MAX_KEYS or asked > MAX_MATCHES:
+        refuse(
+            "names_are_literal",
+            f"rank_pattern and alpha_pattern have {len(keys)} keys for {len(it.tensors) // 2} "
+            f"modules; at most {MAX_KEYS}, and {MAX_MATCHES} times the two",
+            hint="name what modules have in common, such as 'q_proj', once",
+        )
     names = [] if targets == "all-linear" else list(targets)
-    for field in ("rank_pattern", "alpha_pattern"):
-        names += _pattern(it.config, field)
-    for name in names:
+    for field in ("exclude_modules", "layers_pattern"):
+        names += listed(it.config, field)
+    for name in (*keys, *names):
         if not _LITERAL.fullmatch(name):
             refuse("names_are_literal", f"{short(name)} is a pattern, not a module's name")
 
@@ -173,8 +203,10 @@ def tensors_are_lora(it: Candidate) -> None:
         refuse("tensors_are_lora", f"{WEIGHTS} holds no tensor")
     for name, tensor in it.tensors.items():
         match = _TENSOR.fullmatch(name)
-        if not match or not _LITERAL.fullmatch(match["module"]):
+        if not match or not _LITERAL.fullmatch(match["module"]) or len(name) > _MAX_NAME:
             refuse("tensors_are_lora", f"{short(name)} is not a LoRA weight")
+        if match["module"].endswith((".experts", ".experts.base_layer")):
+            refuse("tensors_are_lora", f"{name} is of fused experts")  # of other names in vLLM
         if len(tensor.shape) != 2:
             refuse("tensors_are_lora", f"{name} has shape {tensor.shape}")
         side = "B" if match["side"] == "A" else "A"
@@ -210,6 +242,24 @@ def shapes_fit(it: Candidate) -> None:
             )
 
 
+def modules_are_targeted(it: Candidate) -> None:
+    """PEFT ignores the weights of a module that the configuration leaves out; vLLM adds them."""
+    targets = it.config["target_modules"]
+    named = set(targets)
+    excluded = set(listed(it.config, "exclude_modules"))
+    patterns, layers = listed(it.config, "layers_pattern"), layers_of(it.config)
+    for name in it.tensors:
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        if is_named(module, excluded):
+            refuse("modules_are_targeted", f"{module} is one of exclude_modules")
+        if targets == "all-linear" or module in named:
+            continue
+        if not is_named(module, named):
+            refuse("modules_are_targeted", f"{module} is none of target_modules")
+        if layers and layer_of(module, patterns) not in layers:
+            refuse("modules_are_targeted", f"{module} is in none of layers_to_transform")
+
+
 def numbers_are_finite(it: Candidate) -> None:
     """NaN or infinity in one adapter stays in the engine after it is unloaded."""
     for name, largest in it.largest.items():
@@ -230,9 +280,20 @@ def numbers_are_bounded(it: Candidate) -> None:
         if not match or match["side"] == "B":
             continue
         module = match["module"]
+        if LARGEST_SUM < it.tensors[name].shape[1] * a < math.inf:
+            refuse(
+                "numbers_are_bounded",
+                f"{name} holds a value of {a:.3g} and takes {it.tensors[name].shape[1]} inputs; "
+                f"the product may be at most {LARGEST_SUM}",
+            )
         b = it.largest.get(f"base_model.model.{module}.lora_B.weight", 0.0)
-        rank = _rank_of(it.config, module)
-        change = _scaling(it.config, module) * rank * a * b
+        rank, scaling = _rank_of(it.config, module), _scaling(it.config, module)
+        if LARGEST_VALUE < scaling * b < math.inf:  # vLLM keeps B times the scaling
+            refuse(
+                "numbers_are_bounded",
+                f"{module}: lora_B by the scaling is {scaling * b:.3g}; at most {LARGEST_VALUE:g}",
+            )
+        change = scaling * rank * a * b
         if LARGEST_CHANGE < change < math.inf:
             refuse(
                 "numbers_are_bounded",
@@ -259,6 +320,7 @@ HEADER_RULES: tuple[Rule, ...] = (
     names_are_literal,
     tensors_are_lora,
     shapes_fit,
+    modules_are_targeted,
 )
 """What must be asked again of an adapter in the store: the base model may be another today."""
 
@@ -270,28 +332,17 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _pattern(config: dict[str, Any], field: str) -> dict[str, Any]:
-    pattern = config.get(field) or {}
-    if not isinstance(pattern, dict):
-        refuse("names_are_literal", f"{field} is {short(pattern)}, not an object")
-    return pattern
+def _key(name: str) -> str:
+    return name if _LITERAL.fullmatch(name) and len(name) <= _MAX_NAME else short(name)
 
 
 def _rank_of(config: dict[str, Any], module: str) -> int:
-    return int(_of(config, "rank_pattern", module) or config["r"])
-
-
-def _of(config: dict[str, Any], field: str, module: str) -> Any:
-    """What a pattern says of `module`, the first match as in PEFT; None if it says nothing."""
-    for key, value in _pattern(config, field).items():
-        if module == key or module.endswith(f".{key}"):
-            return value
-    return None
+    return int(value_of(config, "rank_pattern", module) or config["r"])
 
 
 def _scaling(config: dict[str, Any], module: str) -> float:
     """As vLLM and PEFT have it, with rank-stabilised LoRA (arXiv 2312.03732)."""
-    alpha = _of(config, "alpha_pattern", module) or config["lora_alpha"]
+    alpha = value_of(config, "alpha_pattern", module) or config["lora_alpha"]
     rank = _rank_of(config, module)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -14,12 +14,13 @@ import typer
 from r3mes_vllm import settings
 from r3mes_vllm.adapters import inspection
 from r3mes_vllm.adapters.catalog import Catalog, Wanted, checked_name
+from r3mes_vllm.adapters.files import printable, short
 from r3mes_vllm.adapters.publish import publish as publish_adapter
 from r3mes_vllm.adapters.store import Damaged, Store
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import LARGEST_RANK
 from r3mes_vllm.engine.model import served_name, shape_of
-from r3mes_vllm.errors import BackendError, UnknownAdapter
+from r3mes_vllm.errors import BackendError, ConfigError, UnknownAdapter
 from r3mes_vllm.ipfs.pack import pack as pack_folder
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.report import Downloads, say, warn
@@ -73,16 +74,16 @@ def inspect(
     if as_json:
         _print_json({**dataclasses.asdict(found), "accepted": found.accepted})
     else:
-        say(f"base model  {found.base_model or 'not named'}")
+        say(f"base model  {short(found.base_model)[1:-1] if found.base_model else 'not named'}")
         say(f"rank        {found.rank or '?'}   lora_alpha {found.alpha or '?'}")
-        say(f"targets     {', '.join(found.targets) or '?'}")
+        say(f"targets     {printable(', '.join(found.targets))[:1000] or '?'}")
         say(f"weights     {found.bytes if found.bytes is not None else '?'} bytes")
         for finding in found.findings:
-            say(f"{finding.verdict:12}{finding.rule}: {finding.message}")
+            say(f"{finding.verdict:12}{finding.rule}: {printable(finding.message)}")
             if finding.hint:
-                say(f"{'':12}  try: {finding.hint}")
+                say(f"{'':12}  try: {printable(finding.hint)}")
         for note in found.notes:
-            say(f"{'note':12}{note}")
+            say(f"{'note':12}{printable(note)}")
         say("accepted" if found.accepted else "refused")
     if not found.accepted:
         raise typer.Exit(1)
@@ -181,7 +182,7 @@ def pull(
 
     got = asyncio.run(run())
     for note in got["notes"]:
-        warn(note)
+        warn(printable(note))
     how = "fetched and verified" if got["fetched"] else "was here already"
     _tell(as_json, got, f"{got['cid']} {how}: rank {got['rank']}, {got['bytes']} bytes")
 
@@ -256,6 +257,7 @@ def verify(
     store = _store(given)
     only = None
     if what is not None:
+        _require_path_or_name(what)
         wanted = Catalog(given.state_dir, None).find(what)
         only = wanted.where.root if wanted.where else None
         if only not in [it.cid for it in store.stored()]:
@@ -320,6 +322,7 @@ def _store(given: Settings) -> Store:
 async def _wanted(given: Settings, what: str) -> Wanted:
     """A path or a CID as it is; a name by the backend's registry, or by the last run."""
     known = Catalog(given.state_dir, None)
+    _require_path_or_name(what)
     if known.is_place(what):
         return known.find(what)
     try:
@@ -328,6 +331,17 @@ async def _wanted(given: Settings, what: str) -> Wanted:
     except BackendError as error:
         warn(f"{error}; asking the last run")
         return known.find(what)
+
+
+def _require_path_or_name(what: str) -> None:
+    """Raises ConfigError for what the system can't look for."""
+    try:
+        Path(what).expanduser().exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{short(what)} can't be looked for: {str(error)[:80]}",
+            hint="give a directory, a CAR, a CID, CID/PATH or a name",
+        ) from error
 
 
 def _time(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from r3mes_vllm import __version__
+from r3mes_vllm.adapters.files import printable
 from r3mes_vllm.cli import adapter, backend, demo, serve
 from r3mes_vllm.errors import ConfigError, R3mesError
 
@@ -34,10 +35,17 @@ def _plain(command: Callable[P, None]) -> Callable[P, None]:
         except R3mesError as error:
             if "--debug" in sys.argv:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            # What it quotes may be a stranger's.
+            typer.echo(f"error: {printable(str(error))}", err=True)
             if error.hint:
-                typer.echo(f"  try: {error.hint}", err=True)
+                typer.echo(f"  try: {printable(error.hint)}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+        except OSError as error:
+            if "--debug" in sys.argv or isinstance(error, BrokenPipeError):
+                raise
+            typer.echo(f"error: {printable(str(error)[:300])}", err=True)
+            typer.echo("  try: the same with --debug before the command says where", err=True)
+            raise typer.Exit(1) from error
 
     return run
 

@@ -15,7 +15,13 @@ def served_name(model: str) -> str:
 
 def shape_of(model: str, name: str) -> ModelShape:
     """Of a hub name or a directory, as vLLM takes it. Raises ConfigError if it is neither."""
-    return ModelShape.from_config(name, _config(model))
+    try:
+        return ModelShape.from_config(name, _config(model))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"--model {model}: its config.json is not that of a model: {error!r}",
+            hint="give the directory that the model was published as",
+        ) from error
 
 
 def _config(model: str) -> dict[str, Any]:
@@ -23,9 +29,12 @@ def _config(model: str) -> dict[str, Any]:
     if directory.is_dir():
         path = directory / "config.json"
         try:
-            return dict(json.loads(path.read_text()))
+            config = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"--model {model}: can't read {path}: {error}") from error
+        if not isinstance(config, dict):
+            raise TypeError("a JSON object is wanted")
+        return config
     # Only for a hub's model: importing vLLM takes seconds, a mistake should be said before.
     from vllm.transformers_utils.config import get_config
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r3mes_vllm.errors import AdapterError
+from r3mes_vllm.errors import AdapterError, ConfigError
 from r3mes_vllm.ipfs import car
 from r3mes_vllm.ipfs.cid import CID, DAG_PB, RAW
 from r3mes_vllm.ipfs.unixfs import Link, encode_directory, encode_file
@@ -37,8 +37,12 @@ def pack(source: Path, destination: Path) -> CID:
     """Write the CAR of the directory or file `source` to `destination`; its root CID.
 
     The CAR appears whole or not at all. Raises AdapterError for links, devices and files that
-    change meanwhile.
+    change meanwhile, ConfigError when `destination` is a directory.
     """
+    if destination.is_dir():
+        raise ConfigError(
+            f"{destination} is a directory", hint="name the file to write: my-adapter.car"
+        )
     aside = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
         tree = _read(source)
@@ -61,11 +65,11 @@ def _read(path: Path) -> _Tree:
         return _read_file(path)
     if not path.is_dir():
         raise AdapterError(f"{path} is neither a file nor a directory")
-    children = {
-        entry.name: _read(entry)
-        for entry in sorted(path.iterdir())
-        if not entry.name.startswith(".")
-    }
+    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+    for entry in entries:
+        if any(0xD800 <= ord(char) <= 0xDFFF for char in entry.name):
+            raise AdapterError(f"the name {entry.name!r} in {path} is not UTF-8", hint="rename it")
+    children = {entry.name: _read(entry) for entry in entries}
     links = [Link(child.cid, name, child.total) for name, child in children.items()]
     block = encode_directory(links)
     # Children in the order of the links, so that a reader meets them depth first.

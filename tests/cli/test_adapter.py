@@ -119,6 +119,59 @@ def test_inspect_says_what_every_rule_says(adapter: Path, tiny_model: Path, tmp_
     assert not told(bad)["accepted"]
 
 
+def test_inspecting_a_file_leaves_it_where_it_is(adapter: Path, tmp_path: Path) -> None:
+    lone = (adapter / WEIGHTS).rename(tmp_path / "lone.safetensors")
+    content = lone.read_bytes()
+    shutil.copytree(adapter, tmp_path / "folder")
+    (tmp_path / "folder" / CONFIG).unlink()
+    shutil.copy(lone, tmp_path / "folder" / "my.safetensors")
+    for what in ("lone.safetensors", "folder"):
+        assert adapter_command(tmp_path, "inspect", what).returncode == 0
+    assert lone.read_bytes() == (tmp_path / "folder" / "my.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny.config() | {"r": 0},
+        tiny.config() | {"lora_alpha": 10**400},
+        json.dumps(tiny.config() | {"r": 7}).replace("7", "1e999"),
+        tiny.config() | {"base_model_name_or_path": "\ud800"},
+        tiny.config() | {"peft_type": "\x1b[2J" * 200_000},
+        tiny.config() | {"base_model_name_or_path": "\x1b]0;pwned\x07", "r": "8"},
+        tiny.config() | {"rank_pattern": {f"a{i}": 1 for i in range(60_000)}},
+    ],
+    ids=range(7),
+)
+def test_whatever_an_adapter_says_inspect_says_why_it_is_refused(
+    adapter: Path, tmp_path: Path, config: Any
+) -> None:
+    text = config if isinstance(config, str) else json.dumps(config)
+    (adapter / CONFIG).write_text(text)
+    found = adapter_command(tmp_path, "inspect", str(adapter))
+    assert found.returncode == 1
+    assert found.stdout.endswith("refused\n")
+    assert len(found.stdout) < 5000
+    assert found.stdout.replace("\n", "").isprintable()
+
+
+def test_a_name_that_is_not_utf8_is_not_packed(tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / os.fsdecode(b"\xff")).write_bytes(b"")
+    found = adapter_command(tmp_path, "pack", "odd", "-o", "x.car")
+    assert found.returncode == 1
+    assert "not UTF-8" in found.stderr
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"model_type": "llama"}', '{"model_type": []}'])
+def test_a_model_whose_config_is_none_is_said(adapter: Path, tmp_path: Path, config: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(config)
+    found = adapter_command(tmp_path, "inspect", str(adapter), "--model", "model")
+    assert found.returncode == 2
+    assert "config.json" in found.stderr
+
+
 def test_what_is_refused_is_not_published_and_not_pulled(
     adapter: Path, js_ipfs: JsIpfs, tmp_path: Path
 ) -> None:
@@ -143,6 +196,12 @@ def test_what_is_refused_is_not_published_and_not_pulled(
         (("verify", "nobody"), 1, "nobody"),
         (("gc", "--cache-size", "lots"), 2, "lots"),
         (("pull",), 2, "Missing argument"),
+        (("inspect", "~nouser/x"), 2, "~nouser"),
+        (("inspect", "a" * 5000), 2, "too long"),
+        (("pull", "a" * 5000), 2, "too long"),
+        (("verify", "~nouser/x"), 2, "~nouser"),
+        (("publish", "a" * 5000, "--name", "x"), 1, "too long"),
+        (("pack", ".", "-o", "."), 2, "is a directory"),
     ],
 )
 def test_mistakes_are_one_line_and_what_to_do(

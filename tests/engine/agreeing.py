@@ -51,10 +51,13 @@ def good(chance: random.Random) -> tuple[Config, Tensors]:
         "lora_dropout": 0.05,
         "inference_mode": True,
     }
+    ranks = {}
     if chance.random() < 0.3:
-        config["rank_pattern"] = {chance.choice(targets): chance.choice(RANKS)}
+        ranks = {chance.choice(targets): chance.choice(RANKS)}
+        config["rank_pattern"] = {_spelt(name, chance): here for name, here in ranks.items()}
     if chance.random() < 0.3:
-        config["alpha_pattern"] = {f"layers.1.{_parent(targets[0])}.{targets[0]}": 4}
+        name = f"layers.1.{_parent(targets[0])}.{targets[0]}"
+        config["alpha_pattern"] = {_spelt(name, chance): 4}
     if chance.random() < 0.2:
         config["layers_to_transform"] = [0]
     tensors: Tensors = {}
@@ -63,10 +66,15 @@ def good(chance: random.Random) -> tuple[Config, Tensors]:
         last = module.rpartition(".")[2]
         if last not in targets or ("layers_to_transform" in config and ".0." not in module):
             continue
-        here = config.get("rank_pattern", {}).get(last, rank)
+        here = ranks.get(last, rank)
         tensors[_name(module, "A")] = (torch.randn(here, inputs) * 0.1).to(dtype)
         tensors[_name(module, "B")] = (torch.randn(outputs, here) * 0.1).to(dtype)
     return config, tensors
+
+
+def _spelt(name: str, chance: random.Random) -> str:
+    """As it is, or with a `.`, which stands for any character."""
+    return chance.choice([name, name.replace("_", ".")])
 
 
 def _parent(target: str) -> str:
@@ -127,6 +135,24 @@ def _wrong_rank(config: Config, tensors: Tensors) -> None:
     config.pop("rank_pattern", None)
 
 
+def _untargeted(config: Config, tensors: Tensors) -> None:
+    left_out = _last(_any(tensors))
+    rest = [name for name in config["target_modules"] if name != left_out]
+    config["target_modules"] = rest or ["absent"]
+
+
+def _excluded(config: Config, tensors: Tensors) -> None:
+    config["exclude_modules"] = [_last(_any(tensors))]
+
+
+def _other_layers(config: Config, tensors: Tensors) -> None:
+    config["layers_to_transform"] = [1]
+
+
+def _last(tensor: str) -> str:
+    return tensor.partition(".lora_")[0].rpartition(".")[2]
+
+
 BAD: dict[str, Change] = {
     "ia3": _set(peft_type="IA3"),
     "dora": _set(use_dora=True),
@@ -142,6 +168,11 @@ BAD: dict[str, Change] = {
     "alpha huge": _set(lora_alpha=1e30),
     "targets regex": _set(target_modules=".*proj"),
     "wrong rank": _wrong_rank,
+    "untargeted": _untargeted,
+    "excluded": _excluded,
+    "other layers": _other_layers,
+    "alpha tiny": _set(lora_alpha=1e-300),
+    "many keys": _set(alpha_pattern={f"a{number}": 1 for number in range(500)}),
     "no partner": _drop_partner,
     "layer 999": _move_pair,
     "odd name": _rename(".lora_A.", ".lora_C."),

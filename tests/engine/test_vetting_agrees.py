@@ -17,6 +17,8 @@ SAME = 1e-3
 POLICY = {
     "auto_mapping": "it names code; that nothing loads it today is no reason to keep it",
     "alpha 0": "it changes nothing: a mistake, or a way to sell nothing",
+    "alpha tiny": "it changes nothing in 16 bits: as alpha 0",
+    "many keys": "the engine stands still while it matches them with every module",
     "targets regex": "what is matched may take for ever; the next release may match it",
     "layer 999": "the engine drops the layer without a word: it is another model's adapter",
     "integers": "no trained adapter has them; the engine casts them as they are",

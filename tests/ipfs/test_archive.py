@@ -282,3 +282,50 @@ def test_a_changed_one_is_unpacked_or_refused_and_nothing_else_appears(
         into.rmdir()
     assert {it.name for it in tmp_path.iterdir()} == {"x"}
     path.unlink()
+
+
+def with_pax(path: Path, data: bytes, content: bytes = b"12345") -> Path:
+    """A tar.gz of one file with the extended header `data`."""
+    header, entry = tarfile.TarInfo("././@PaxHeader"), tarfile.TarInfo("short")
+    header.type, header.size, entry.size = tarfile.XHDTYPE, len(data), len(content)
+    with gzip.open(path, "wb") as file:
+        for it, body in ((header, data), (entry, content)):
+            file.write(it.tobuf() + body + bytes(-len(body) % 512))
+        file.write(bytes(1024))
+    return path
+
+
+def record(key: str, value: str) -> bytes:
+    text = f" {key}={value}\n".encode()
+    length = len(text) + len(str(len(text) + 3))
+    return f"{length}".encode() + text
+
+
+def test_a_long_name_and_a_size_in_an_extended_header_count(tmp_path: Path) -> None:
+    data = record("mtime", "1.5") + record("path", "a/Größe") + record("size", "5")
+    assert unpacked(with_pax(tmp_path / "x", data)) == {"a/Größe": b"12345"}
+
+
+@pytest.mark.parametrize("key", ["major", "map", "size", "realsize"])
+def test_sparse_files_are_refused_before_their_map_is_read(key: str, tmp_path: Path) -> None:
+    data = record("GNU.sparse.minor", "0") + record(f"GNU.sparse.{key}", "1")
+    refused(with_pax(tmp_path / "x", data, b"9999\n" + b"0\n" * 10_000), match="sparse")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"2 " * 32_000 + b"=",  # for the library, 32,000 keys of up to 64 KB
+        b"9" * 65_000,
+        b"0 a=b\n",
+        b"-6 a=b\n",
+        b"7 a=b\n",
+        b"a=b\n",
+        record("size", "-1"),
+    ],
+    ids=range(7),
+)
+def test_a_malformed_extended_header_is_refused_at_once(data: bytes, tmp_path: Path) -> None:
+    with Memory() as memory:
+        refused(with_pax(tmp_path / "x", data))
+    assert memory.peak < 4 << 20
