@@ -2,9 +2,10 @@
 
     python -m benchmarks.fetch [--size 1G] [--rounds 5] [--json]
 
-Each round hashes the CAR's bytes on one core, then fetches the same bytes in a fresh process to
-verified files on disk, synchronised. Ratios of one round, their median and spread; the peak of
-memory is the fetching process's, above what it needed before it began.
+Each round hashes the CAR's bytes on one core, writes as many to the disk and waits for it, then
+fetches the same bytes in a fresh process to verified files that can be opened, and waits for the
+disk again, as the store does in the background. Medians and spread of what one round gives; the
+peak of memory is the fetching process's, above what it needed before it began.
 """
 
 import argparse
@@ -64,39 +65,49 @@ def measure(size: int, rounds: int) -> dict[str, Any]:
         found = []
         try:
             for turn in range(rounds + 1):
-                alone = _hash(packed)
+                one: dict[str, float] = {"sha256_s": _hash(packed)}
+                one |= _write(packed, folder / "written")
                 into = folder / f"into-{turn}"
                 child = _child(
                     *("--fetch", url, str(cid), str(into), "--size", str(size)),
                     stdout=subprocess.PIPE,
                 )
-                one = json.loads(child.communicate()[0])
-                one["ratio"] = alone / one["seconds"]
-                one["sha256_bytes_per_s"] = packed.stat().st_size / alone
+                one |= json.loads(child.communicate()[0])
+                one["ratio"] = one["sha256_s"] / one["opened_s"]
+                one["ratio_synchronised"] = one["sha256_s"] / one["synchronised_s"]
                 subprocess.run(["rm", "-rf", str(into)], check=True)
                 if turn:  # the first warms the page cache
                     found.append(one)
         finally:
             gateway.terminate()
             gateway.wait()
-    ratios = [one["ratio"] for one in found]
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "bytes": size,
         "rounds": rounds,
-        "ratio_to_sha256": statistics.median(ratios),
-        "ratio_spread": [min(ratios), max(ratios)],
-        "sha256_bytes_per_s": statistics.median(one["sha256_bytes_per_s"] for one in found),
-        "peak_bytes_above_idle": max(one["peak"] for one in found),
+        "peak_bytes_above_idle": max(one.pop("peak") for one in found),
+        **{name: _spread([one[name] for one in found]) for name in found[0]},
     }
 
 
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
 def _told(result: dict[str, Any]) -> str:
-    low, high = result["ratio_spread"]
+    def spread(name: str) -> str:
+        it = result[name]
+        return f"{it['median']:.2f} ({it['least']:.2f} to {it['most']:.2f})"
+
     return (
-        f"{result['bytes']} bytes fetched at {result['ratio_to_sha256']:.2f} "
-        f"({low:.2f} to {high:.2f}, {result['rounds']} rounds) of what sha256 alone does "
-        f"({result['sha256_bytes_per_s'] / 1e9:.2f} GB/s); "
+        f"{result['bytes']} bytes, medians of {result['rounds']} rounds, seconds:\n"
+        f"  sha256 alone      {spread('sha256_s')}\n"
+        f"  disk alone        {spread('disk_s')}, of which its own thread "
+        f"{spread('disk_cpu_s')}\n"
+        f"  fetched: open     {spread('opened_s')}\n"
+        f"  fetched: on disk  {spread('synchronised_s')}\n"
+        f"sha256 alone / fetched: {spread('ratio')} until it can be opened, "
+        f"{spread('ratio_synchronised')} until it is on the disk\n"
         f"peak {result['peak_bytes_above_idle'] / (1 << 20):.0f} MiB above idle"
     )
 
@@ -114,6 +125,21 @@ def _hash(path: Path) -> float:
             hashlib.sha256(data).digest()
             began += time.perf_counter() - at
     return began
+
+
+def _write(source: Path, target: Path) -> dict[str, float]:
+    """Seconds of writing the file anew and waiting for the disk, and the thread's own of them."""
+    size = source.stat().st_size
+    data = os.urandom(1 << 21)
+    began, of_thread = time.perf_counter(), time.thread_time()
+    with target.open("wb", buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        for at in range(0, size, len(data)):
+            os.pwrite(file.fileno(), data[: size - at], at)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - began
+    target.unlink()
+    return {"disk_s": seconds, "disk_cpu_s": time.thread_time() - of_thread}
 
 
 async def _serve(packed: Path) -> None:
@@ -134,9 +160,14 @@ async def _fetch(url: str, cid: CID, folder: Path, size: int) -> dict[str, float
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     idle = _memory("VmRSS")
     began = time.perf_counter()
-    await fetch(cid, folder, sources=[GatewaySource(url)], limits=Limits(bytes=2 * size))
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "peak": _memory("VmHWM") - idle}
+    got = await fetch(cid, folder, sources=[GatewaySource(url)], limits=Limits(bytes=2 * size))
+    opened = [path.open("rb") for path in got.iterdir()]
+    opened_s = time.perf_counter() - began
+    peak = _memory("VmHWM") - idle
+    for file in opened:
+        os.fsync(file.fileno())
+    synchronised_s = time.perf_counter() - began
+    return {"opened_s": opened_s, "synchronised_s": synchronised_s, "peak": peak}
 
 
 def _memory(name: str) -> int:

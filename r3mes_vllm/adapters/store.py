@@ -10,28 +10,27 @@ that dies, and everything appears and goes by a rename.
 
 import asyncio
 import fcntl
-import json
 import os
+import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from blake3 import blake3
-
-from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
+from r3mes_vllm.adapters import manifest
 from r3mes_vllm.errors import AdapterError, BadCID, StorageFull
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.disk import full_disk_is_said
 
-MANIFEST = "manifest.json"
-_FILES = (CONFIG, WEIGHTS)
 _POLL_S = 0.05
+_PROBES_S = 2.0
+"""Waited for those who only look whether an adapter is here."""
+
 _RUBBISH_S = 86_400.0
 """Of a process that died; younger ones may be another process's at work."""
 
@@ -90,6 +89,7 @@ class Store:
         self._adapters = directory / "adapters"
         self._incoming = directory / "incoming"
         self._locks = directory / "locks"
+        self._synchronising: dict[CID, threading.Thread] = {}
         try:
             for folder in (self._adapters, self._incoming, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -101,15 +101,21 @@ class Store:
 
     def lease(self, cid: CID) -> Lease | None:
         """The adapter's directory, held; None if it is not here or not whole."""
-        fd = os.open(self._locks / str(cid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = self._open_lock(str(cid))
         fcntl.flock(fd, fcntl.LOCK_SH)
         path = self._adapters / str(cid)
-        manifest = _manifest(path)
-        if manifest is None or not _sizes_are_right(path, manifest):
+        told = manifest.read(path)
+        if told is None or not manifest.sizes_are_right(path, told):
             os.close(fd)
             return None
+        if manifest.power_went(told) and manifest.problem(path):
+            os.close(fd)
+            self._drop_adapter(cid)
+            return None
+        if not manifest.is_on_disk(told):
+            self._begin_synchronising(cid)
         os.utime(fd)
-        return Lease(path, tuple(manifest["notes"]), fd)
+        return Lease(path, tuple(told["notes"]), fd)
 
     @asynccontextmanager
     async def incoming(self, cid: CID) -> AsyncIterator[Path]:
@@ -117,12 +123,13 @@ class Store:
 
         Waits while another process fetches the same adapter.
         """
-        fd = os.open(self._locks / f"{cid}.fetch", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = self._open_lock(f"{cid}.fetch")
         try:
             while not _try_lock(fd):  # noqa: ASYNC110 - the kernel wakes nobody here
                 await asyncio.sleep(_POLL_S)
             folder = self._incoming / str(cid)
-            folder.mkdir(exist_ok=True)
+            with full_disk_is_said(self._directory):
+                folder.mkdir(exist_ok=True)
             yield folder
         finally:
             os.close(fd)
@@ -130,39 +137,36 @@ class Store:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """An empty folder that goes away."""
-        with tempfile.TemporaryDirectory(dir=self._incoming, prefix=".scratch-") as folder:
+        with full_disk_is_said(self._directory):
+            scratch = tempfile.TemporaryDirectory(dir=self._incoming, prefix=".scratch-")
+        with scratch as folder:
             yield Path(folder)
 
     def commit(self, cid: CID, vetted: Path, notes: Sequence[str] = ()) -> None:
         """Move the two files of the vetted adapter in; whatever else came with it is dropped.
 
-        After a crash the adapter is there as a whole or not at all. Raises StorageFull when the
-        quota leaves no room.
+        After a crash the adapter is there as a whole or not at all; after a power cut too, which
+        may take one that came in the last seconds. Raises StorageFull when the quota leaves no
+        room.
         """
         incoming = self._incoming / str(cid)
         aside = incoming / "commit"
         with full_disk_is_said(self._directory):
-            self.make_room(sum((vetted / name).stat().st_size for name in _FILES), keep=cid)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            for name in _FILES:
-                os.rename(vetted / name, aside / name)
-            manifest = {
-                "cid": str(cid),
-                "fetched_at": time.time(),
-                "notes": list(notes),
-                "files": {name: _measured(aside / name) for name in _FILES},
-            }
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for name in (*_FILES, MANIFEST, "."):
-                _fsync(aside / name)
-            if not self._drop_adapter(cid):  # a damaged one was there
+            self.make_room(sum((vetted / name).stat().st_size for name in manifest.FILES), keep=cid)
+            (self._locks / str(cid)).touch()
+            damaged = (self._adapters / str(cid)).exists()
+            if damaged and not self._drop_adapter(cid, wait_s=_PROBES_S):
                 raise AdapterError(
                     f"{cid} is damaged on disk and in use",
                     hint="stop the node that serves it, and fetch it again",
                 )
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            for name in manifest.FILES:
+                os.rename(vetted / name, aside / name)
+            manifest.write(aside, str(cid), notes)
             os.rename(aside, self._adapters / str(cid))
-            _fsync(self._adapters)
+        self._begin_synchronising(cid)
         shutil.rmtree(incoming, ignore_errors=True)
 
     def discard(self, cid: CID) -> None:
@@ -184,22 +188,24 @@ class Store:
     def make_room(self, wanted: int, *, keep: CID | None = None) -> int:
         """Drop what was not used for longest until `wanted` more bytes fit; the bytes dropped.
 
-        What is leased or being fetched stays, and so does the fetch of `keep`. Raises StorageFull.
+        What is leased or being fetched stays, and so does the fetch of `keep`. Raises StorageFull,
+        before anything is dropped when all of it would not do.
         """
         if self.quota is None:
             return 0
         mine = _bytes(self._incoming / str(keep)) if keep else 0
         over = self.used() - mine + wanted - self.quota
+        others = [other for other in self._least_recently_used() if other != keep]
+        enough = sum(map(self._droppable, others)) >= over
         dropped = 0
-        for cid, size in self._least_recently_used():
+        for other in others if enough or not wanted else ():
             if dropped >= over:
                 break
-            if cid != keep and self._drop(cid):
-                dropped += size
+            dropped += self._drop(other)
         if dropped < over and wanted:
             raise StorageFull(
                 f"{wanted} bytes more do not fit: the cache {self._directory} may hold "
-                f"{self.quota} and the adapters in use fill it",
+                f"{self.quota}, and what is in use leaves too little of it",
                 hint="raise --cache-size, or serve fewer adapters",
             )
         return dropped
@@ -216,108 +222,111 @@ class Store:
 
     def drop_unused(self) -> int:
         """Drop every adapter and partial fetch that nobody uses; the bytes dropped."""
-        sizes = list(self._least_recently_used())
-        return sum(size for cid, size in sizes if self._drop(cid))
+        return sum(map(self._drop, self._least_recently_used()))
 
     def fsck(self, cid: CID | None = None) -> Iterator[Damaged | Stored]:
         """Hash the files of every adapter, or of one; what is damaged and not in use is dropped."""
         for it in self.stored():
             if cid is not None and it.cid != cid:
                 continue
-            problem = _problem(it.path)
-            yield Damaged(it.cid, problem, self._drop(it.cid)) if problem else it
+            problem = manifest.problem(it.path)
+            yield Damaged(it.cid, problem, self._drop_adapter(it.cid)) if problem else it
+
+    def synchronise(self) -> None:
+        """Wait until the disk has what was committed or leased here."""
+        for thread in tuple(self._synchronising.values()):
+            thread.join()
+
+    def _begin_synchronising(self, cid: CID) -> None:
+        if cid not in self._synchronising:
+            thread = threading.Thread(target=self._synchronise, args=(cid,), name="r3mes-sync")
+            self._synchronising[cid] = thread
+            thread.start()
+
+    def _synchronise(self, cid: CID) -> None:
+        try:
+            manifest.synchronise(self._adapters / str(cid))
+        except FileNotFoundError:
+            pass  # dropped meanwhile
+        except OSError:
+            self._drop_adapter(cid)  # the disk has not taken it
+        finally:
+            self._synchronising.pop(cid, None)
 
     def _describe(self, cid: CID, path: Path) -> Stored:
-        manifest = _manifest(path) or {"fetched_at": 0.0, "notes": []}
+        told = manifest.read(path) or {"fetched_at": 0.0, "notes": []}
         with self._locked(str(cid)) as free:
             used_at = (self._locks / str(cid)).stat().st_mtime
         return Stored(
             cid,
             path,
             _bytes(path),
-            manifest["fetched_at"],
+            told["fetched_at"],
             used_at,
             not free,
-            tuple(manifest["notes"]),
+            tuple(told["notes"]),
         )
 
-    def _least_recently_used(self) -> Iterator[tuple[CID, int]]:
-        """CIDs of adapters and of partial fetches, with their bytes."""
-        found: dict[CID, tuple[float, int]] = {}
+    def _least_recently_used(self) -> list[CID]:
+        """Of adapters and of partial fetches."""
+        found: dict[CID, float] = {}
         for folder in (self._adapters, self._incoming):
             for path in folder.iterdir():
                 with suppress(BadCID, FileNotFoundError):
                     cid = CID.parse(path.name)
                     lock = self._locks / str(cid)
                     used = (lock if lock.exists() else path).stat().st_mtime
-                    before = found.get(cid, (0.0, 0))
-                    found[cid] = max(used, before[0]), before[1] + _bytes(path)
-        for cid, (_, size) in sorted(found.items(), key=lambda item: item[1][0]):
-            yield cid, size
+                    found[cid] = max(used, found.get(cid, 0.0))
+        return sorted(found, key=lambda cid: found[cid])
 
-    def _drop(self, cid: CID) -> bool:
-        """Remove an adapter and what came of a fetch of it; False if somebody is using it."""
-        with self._locked(f"{cid}.fetch") as mine:
+    def _droppable(self, cid: CID) -> int:
+        """The bytes that `_drop` would remove."""
+        return sum(map(_bytes, self._unused(cid)))
+
+    def _drop(self, cid: CID) -> int:
+        """Remove of an adapter, and of a fetch of it, what nobody is using; the bytes removed."""
+        return sum(map(self._remove, self._unused(cid)))
+
+    def _drop_adapter(self, cid: CID, *, wait_s: float = 0.0) -> bool:
+        """False if somebody is using it."""
+        with self._locked(str(cid), wait_s=wait_s) as mine:
             if mine:
-                shutil.rmtree(self._incoming / str(cid), ignore_errors=True)
-        return self._drop_adapter(cid)
+                self._remove(self._adapters / str(cid))
+            return mine
 
-    def _drop_adapter(self, cid: CID) -> bool:
-        with self._locked(str(cid)) as mine:
-            if not mine:
-                return False
-            gone = Path(tempfile.mkdtemp(dir=self._incoming, prefix=".gone-"))
-            with suppress(FileNotFoundError):
-                os.rename(self._adapters / str(cid), gone / "adapter")
-            shutil.rmtree(gone, ignore_errors=True)
-        return True
+    def _unused(self, cid: CID) -> Iterator[Path]:
+        """What lies here of an adapter and of a fetch of it, each while nobody may use it."""
+        for folder, lock in ((self._incoming, f"{cid}.fetch"), (self._adapters, str(cid))):
+            with self._locked(lock) as mine:
+                if mine:
+                    yield folder / str(cid)
+
+    def _remove(self, folder: Path) -> int:
+        """As a whole or not at all, whatever ends this process; the bytes removed."""
+        before = _bytes(folder)
+        gone = self._incoming / f".gone-{secrets.token_hex(8)}"
+        try:
+            os.rename(folder, gone)
+        except OSError:  # perhaps a disk so full that it has no room for another name
+            gone = folder
+        shutil.rmtree(gone, ignore_errors=True)
+        return before - _bytes(gone)
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[bool]:
+    def _locked(self, name: str, *, wait_s: float = 0.0) -> Iterator[bool]:
         """Whether nobody else holds the lock `name`; nobody will meanwhile."""
-        fd = os.open(self._locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = self._open_lock(name)
+        until = time.monotonic() + wait_s
         try:
-            yield _try_lock(fd)
+            while not (mine := _try_lock(fd)) and time.monotonic() < until:
+                time.sleep(_POLL_S)
+            yield mine
         finally:
             os.close(fd)
 
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        complete = set(manifest["files"]) == set(_FILES) and isinstance(manifest["notes"], list)
-        return manifest if complete and isinstance(manifest["fetched_at"], float) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _sizes_are_right(path: Path, manifest: dict[str, Any]) -> bool:
-    try:
-        return all(
-            (path / name).stat().st_size == manifest["files"][name]["bytes"] for name in _FILES
-        )
-    except (OSError, KeyError, TypeError):
-        return False
-
-
-def _problem(path: Path) -> str:
-    """What is wrong with the adapter at `path`, or nothing."""
-    manifest = _manifest(path)
-    if manifest is None:
-        return f"its {MANIFEST} can't be read"
-    for name in _FILES:
-        try:
-            if _measured(path / name) != manifest["files"][name]:
-                return f"{name} is not what was fetched"
-        except OSError as error:
-            return f"{name} can't be read: {error.strerror}"
-    return ""
-
-
-def _measured(path: Path) -> dict[str, object]:
-    # One thread: blake3's pool of them does not survive a fork, and one does gigabytes a second.
-    digest = blake3().update_mmap(path).hexdigest()
-    return {"bytes": path.stat().st_size, "blake3": digest}
+    def _open_lock(self, name: str) -> int:
+        with full_disk_is_said(self._directory):
+            return os.open(self._locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _bytes(folder: Path) -> int:
@@ -335,11 +344,3 @@ def _try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

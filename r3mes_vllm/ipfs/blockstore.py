@@ -5,8 +5,9 @@ import base64
 import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
-from r3mes_vllm.ipfs.cid import CID
+from r3mes_vllm.ipfs.cid import CID, Data
 
 
 class BlockStore:
@@ -15,7 +16,7 @@ class BlockStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def keep(self, cid: CID, data: bytes) -> None:
+    def keep(self, cid: CID, data: Data) -> None:
         """Keep `data`, which the caller has checked."""
         path = self._path(cid)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,12 +36,45 @@ class BlockStore:
             return None
         return data if cid.matches(data) else None
 
-    def take(self, cid: CID) -> bytes | None:
-        """`get`, and forget it."""
-        data = self.get(cid)
-        self._path(cid).unlink(missing_ok=True)
-        return data
-
     def _path(self, cid: CID) -> Path:
         name = base64.b32encode(cid.multihash).decode().rstrip("=")
         return self._directory / f"_{name}"[-3:-1] / f"{name}.data"
+
+
+class Aside:
+    """Blocks for a while, in one file in `directory` that has no name and goes with its process:
+    many small ones cost no more than a few large ones, and no time to remove. One thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self.bytes = 0
+        """Kept so far, with what was taken."""
+        self._directory = directory
+        self._file: BinaryIO | None = None
+        self._places: dict[CID, tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, cid: CID) -> bool:
+        return cid in self._places
+
+    def keep(self, cid: CID, data: Data) -> None:
+        """Raises OSError."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
+        os.pwrite(self._file.fileno(), data, self.bytes)
+        self._places[cid] = self.bytes, len(data)
+        self.bytes += len(data)
+
+    def take(self, cid: CID) -> bytes | None:
+        """The block, which is forgotten; None if it is not here as a whole. Raises OSError."""
+        if self._file is None or cid not in self._places:
+            return None
+        at, length = self._places.pop(cid)
+        data = os.pread(self._file.fileno(), length, at)
+        return data if cid.matches(data) else None
+
+    def close(self) -> None:
+        self._places.clear()
+        if self._file is not None:
+            self._file.close()

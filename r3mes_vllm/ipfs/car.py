@@ -3,120 +3,158 @@
 https://ipld.io/specs/transport/car/carv1/
 """
 
-from collections import deque
+import os
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
-from r3mes_vllm.errors import BadCAR, BadCID
+from r3mes_vllm.errors import BadCAR, BadCID, SourceFailed
 from r3mes_vllm.ipfs import varint
-from r3mes_vllm.ipfs.cid import CID
+from r3mes_vllm.ipfs.cid import CID, Data
 
 BLOCK_LIMIT = 2 << 20
 """Bytes; what the network carries at most (https://specs.ipfs.tech/bitswap-protocol/)."""
 
 _SECTION_LIMIT = BLOCK_LIMIT + 256
 _HEADER_LIMIT = 1 << 16
-_READ = 1 << 18
 _LONGEST_CID = 160  # bytes: an identity of 128 and its four numbers
 
 Block = tuple[CID, bytes]
+LentBlock = tuple[CID, Data]
+"""Its data may be part of a buffer that is used again."""
+
+
+class Body(Protocol):
+    """Bytes that come, from a file or over a connection."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Wait for bytes, into `buffer` from its start; how many came, 0 at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What stands before a block's data, and the first of these."""
+
+    cid: CID
+    length: int
+    """Of the data."""
+    data: bytes
 
 
 class CarReader:
-    """Takes the bytes of a CAR as they come and gives the blocks that are complete, unchecked.
+    """Reads the CAR in `body`, waiting for what has not come; the blocks are unchecked.
 
-    `source` is named in errors. Memory: one block and the bytes fed last.
+    `source` is named in errors. Every method raises BadCAR, and what `body` raises.
     """
 
-    def __init__(self, source: str) -> None:
-        self.roots: tuple[CID, ...] | None = None
-        """None until the header has been read. Roots are the sender's claim, nothing more."""
+    def __init__(self, body: Body, source: str) -> None:
+        self._body = body
         self._source = source
-        self._pieces: deque[memoryview] = deque()
-        self._have = 0
-        self._section = 0
-        """Bytes of the section that is coming; 0 before its length is known."""
+        self._roots: tuple[CID, ...] | None = None
+        self._head: _Head | None = None
+        """Of the block that did not fit into the last buffer."""
+        self._failure: BadCAR | SourceFailed | None = None
 
-    def feed(self, data: bytes) -> list[Block]:
-        """The blocks completed by `data`. Raises BadCAR."""
-        if data:
-            self._pieces.append(memoryview(data))
-            self._have += len(data)
-        blocks: list[Block] = []
-        while self._section or self._begin_section():
-            if self._have < self._section:
-                break
-            if self.roots is None:
-                self.roots = _read_header(self._pull(self._section), self._source)
-            else:
-                blocks.append(self._read_block())
-            self._section = 0
+    @property
+    def roots(self) -> tuple[CID, ...]:
+        """The sender's claim, nothing more."""
+        if self._roots is None:
+            length = self._section(_HEADER_LIMIT)
+            if length is None:
+                raise self._cut_short()
+            self._roots = _read_header(self._exactly(length), self._source)
+        return self._roots
+
+    def fill(self, buffer: memoryview, patience_s: float) -> list[LentBlock]:
+        """The next blocks, their data in `buffer`, of at least `BLOCK_LIMIT` bytes: what fits and
+        came within the time, but one block if there is one. An error is raised by the call after
+        the one that gave the blocks before it."""
+        until = time.monotonic() + patience_s
+        blocks: list[LentBlock] = []
+        try:
+            if self._failure is not None:
+                raise self._failure
+            while head := self._head or self.head():
+                self._head = head
+                if head.length > len(buffer):
+                    break
+                data, buffer = buffer[: head.length], buffer[head.length :]
+                self.data(head, data)
+                blocks.append((head.cid, data))
+                self._head = None
+                if time.monotonic() > until:
+                    break
+        except (BadCAR, SourceFailed) as error:
+            if not blocks:
+                raise
+            self._failure = error
         return blocks
 
-    def close(self) -> None:
-        """Raises BadCAR if the stream ended within a section, or before its header."""
-        if self._have or self._section or self.roots is None:
-            raise BadCAR(f"{self._source}: the CAR is cut short")
-
-    def _begin_section(self) -> bool:
+    def head(self) -> _Head | None:
+        """Of the next block; None at the end. Its data are to be read, or skipped, next."""
+        if self.roots is None or (section := self._section(_SECTION_LIMIT)) is None:
+            return None
+        start = self._exactly(min(section, _LONGEST_CID))
         try:
-            found = varint.decode(self._peek(varint.LONGEST))
-        except ValueError as error:
-            raise BadCAR(f"{self._source}: {error}") from error
-        if found is None:
-            return False
-        length, end = found
-        limit = _HEADER_LIMIT if self.roots is None else _SECTION_LIMIT
-        if not 0 < length <= limit:
-            raise BadCAR(f"{self._source}: a section of {length} bytes (at most {limit})")
-        self._pull(end)
-        self._section = length
-        return True
-
-    def _read_block(self) -> Block:
-        try:
-            cid, end = CID.read(self._peek(min(self._section, _LONGEST_CID)))
+            cid, end = CID.read(start)
         except BadCID as error:
             raise BadCAR(f"{self._source}: a block's CID: {error}") from error
-        length = self._section - end
+        length = section - end
         if length > BLOCK_LIMIT:
             raise BadCAR(f"{self._source}: a block of {length} bytes (at most {BLOCK_LIMIT})")
-        self._pull(end)
-        return cid, self._pull(length)
+        return _Head(cid, length, start[end:])
 
-    def _peek(self, length: int) -> bytes:
-        """The next bytes, `length` of them at most."""
-        found = b""
-        for piece in self._pieces:
-            found += piece[: length - len(found)]
-            if len(found) == length:
-                break
-        return found
+    def data(self, head: _Head, into: memoryview) -> None:
+        """Fill `into`, which is as long as the block's data."""
+        came = len(head.data)
+        into[:came] = head.data
+        self._fill(into[came:])
 
-    def _pull(self, length: int) -> bytes:
-        """Exactly the next `length` bytes, which are here: copied once."""
-        self._have -= length
-        parts = []
-        while length:
-            piece = self._pieces[0]
-            parts.append(piece[:length])
-            if length < len(piece):
-                self._pieces[0] = piece[length:]
-                break
-            length -= len(self._pieces.popleft())
-        return b"".join(parts)
+    def _section(self, limit: int) -> int | None:
+        """The length of the next; None at the end."""
+        prefix, found = b"", None
+        while found is None:
+            byte = bytearray(1)
+            if not self._body.readinto(memoryview(byte)):
+                if prefix:
+                    raise self._cut_short()
+                return None
+            prefix += byte
+            try:
+                found = varint.decode(prefix)
+            except ValueError as error:
+                raise BadCAR(f"{self._source}: {error}") from error
+        if not 0 < found[0] <= limit:
+            raise BadCAR(f"{self._source}: a section of {found[0]} bytes (at most {limit})")
+        return found[0]
+
+    def _exactly(self, length: int) -> bytes:
+        data = bytearray(length)
+        self._fill(memoryview(data))
+        return bytes(data)
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            came = self._body.readinto(view)
+            if not came:
+                raise self._cut_short()
+            view = view[came:]
+
+    def _cut_short(self) -> BadCAR:
+        return BadCAR(f"{self._source}: the CAR is cut short")
 
 
 def read_file(path: Path) -> Iterator[Block]:
     """The verified blocks of the CAR file at `path`. Raises OSError, BadCAR or BlockMismatch."""
-    reader = CarReader(str(path))
     with path.open("rb") as file:
-        while data := file.read(_READ):
-            for cid, block in reader.feed(data):
-                cid.check(block, str(path))
-                yield cid, block
-    reader.close()
+        reader = CarReader(file, str(path))
+        while head := reader.head():
+            data = bytearray(head.length)
+            reader.data(head, memoryview(data))
+            head.cid.check(data, str(path))
+            yield head.cid, bytes(data)
 
 
 class CarFile:
@@ -127,9 +165,15 @@ class CarFile:
         self._path = path
         self._places: dict[CID, tuple[int, int]] = {}
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            reader = CarReader(file, str(path))
             try:
-                for cid, at, length in _sections(file, str(path)):
-                    self._places.setdefault(cid, (at, length))
+                while head := reader.head():
+                    at = file.tell() - len(head.data)
+                    if at + head.length > size:
+                        break
+                    self._places.setdefault(head.cid, (at, head.length))
+                    file.seek(at + head.length)
             except BadCAR:
                 if not self._places:
                     raise
@@ -144,46 +188,16 @@ class CarFile:
             return file.read(length)
 
 
-def _sections(file: BinaryIO, source: str) -> Iterator[tuple[CID, int, int]]:
-    """The CID of each block, where its data begin, and their length."""
-    reader = CarReader(source)
-    at = 0
-    while reader.roots is None and (data := file.read(64)):
-        reader.feed(data)
-    file.seek(0)
-    head = varint.decode(file.read(10)) if reader.roots is not None else None
-    if head is None:
-        raise BadCAR(f"{source}: the CAR is cut short")
-    at = head[1] + head[0]
-    while True:
-        file.seek(at)
-        start = file.read(10 + _LONGEST_CID)
-        if not start:
-            return
-        try:
-            found = varint.decode(start)
-            if found is None:
-                raise BadCAR(f"{source}: the CAR is cut short")
-            length, after = found
-            cid, end = CID.read(start[after:])
-        except (ValueError, BadCID) as error:
-            raise BadCAR(f"{source}: {error}") from error
-        yield cid, at + after + end, min(length - end, BLOCK_LIMIT + 1)
-        at += after + max(length, 1)
-
-
 def root_of(path: Path) -> CID:
     """The one root that the CAR file at `path` names. Raises BadCAR."""
-    reader = CarReader(str(path))
     try:
         with path.open("rb") as file:
-            while reader.roots is None and (data := file.read(_READ)):
-                reader.feed(data)
+            roots = CarReader(file, str(path)).roots
     except OSError as error:
         raise BadCAR(f"can't read {path}: {error.strerror}") from error
-    if reader.roots is None or len(reader.roots) != 1:
+    if len(roots) != 1:
         raise BadCAR(f"{path} is no CAR file with one root")
-    return reader.roots[0]
+    return roots[0]
 
 
 def write(file: BinaryIO, root: CID, blocks: Iterable[Block]) -> None:

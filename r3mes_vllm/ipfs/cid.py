@@ -24,8 +24,10 @@ _IDENTITY_LIMIT = 128
 _LONGEST_TEXT = 512
 _BASES = {"b": "base32", "k": "base36", "z": "base58btc", "u": "base64url"}
 
+Data = bytes | bytearray | memoryview
+
 # multihash code → (digest length in bytes, function)
-_HASHES: dict[int, tuple[int, Callable[[bytes], bytes]]] = {
+_HASHES: dict[int, tuple[int, Callable[[Data], bytes]]] = {
     SHA2_256: (32, lambda data: hashlib.sha256(data).digest()),
     0x13: (64, lambda data: hashlib.sha512(data).digest()),
     0xB220: (32, lambda data: hashlib.blake2b(data, digest_size=32).digest()),
@@ -94,12 +96,12 @@ class CID:
         """The data itself, of an identity CID."""
         return self.digest if self.hash_code == IDENTITY else None
 
-    def matches(self, data: bytes) -> bool:
+    def matches(self, data: Data) -> bool:
         if self.hash_code == IDENTITY:
             return data == self.digest
         return _HASHES[self.hash_code][1](data) == self.digest
 
-    def check(self, data: bytes, source: str) -> None:
+    def check(self, data: Data, source: str) -> None:
         """Raises BlockMismatch naming `source`, which gave `data` as this CID's."""
         if not self.matches(data):
             raise BlockMismatch(f"{source} gave bytes that are not those of {self}")

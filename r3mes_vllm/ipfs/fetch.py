@@ -90,8 +90,9 @@ async def _grow(
                     async with asyncio.timeout(limits.total_s):
                         await one.complete(sources)
                 except TimeoutError as error:
+                    said = f": {one.said}" if one.said else ""
                     raise ContentNotFound(
-                        f"{tree.root} did not come within {limits.total_s:g} s",
+                        f"{tree.root} did not come within {limits.total_s:g} s{said}",
                         hint="try again: the verified blocks are kept",
                     ) from error
             return await in_tree(result, tree)

@@ -6,15 +6,15 @@ from the other end.
 
 import asyncio
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from r3mes_vllm.errors import BadCAR, BlockMismatch, ContentNotFound, SourceBusy, SourceFailed
-from r3mes_vllm.ipfs.car import Block
+from r3mes_vllm.ipfs.car import BLOCK_LIMIT, LentBlock
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.http import Exchange
 from r3mes_vllm.ipfs.sources import Source
@@ -26,12 +26,17 @@ _HEDGE_S = 1.0
 needed `_OVERTAKE` times over."""
 
 _OVERTAKE = 5.0
-_BATCH = 2 << 20
+_BATCH = BLOCK_LIMIT
+"""Bytes of the buffers that blocks are read into: small enough for the processor's cache."""
+
 _UNDER_WAY = 4
-"""Batches; with what the connection buffers, the memory of a fetch."""
+"""Buffers being hashed or written while one more is filled: the memory of a fetch."""
 
 _FAILURES = 3
 """In a row, after which a source has failed."""
+
+_REFUSALS = 5
+"""In a row, after which a busy source is not waited for."""
 
 _ASKED_AT_MOST = 2
 """Times, one source for one block."""
@@ -84,11 +89,18 @@ class Race:
         self._ended: list[tuple[Source, int]] = []
         """Sources that had no more to give, and how much was here when they ended."""
         self._used = 0
+        self._wasted: defaultdict[str, float] = defaultdict(float)
+        """By source: blocks that came without one of use, in shares of what the limits allow."""
         self._news = asyncio.Event()
         self._asking = 0
         """Requests under way, of all sources."""
         self._began = self._last_block = self._last_start = time.monotonic()
         self._last_source = ""
+
+    @property
+    def said(self) -> str:
+        """What the sources answered that did not help."""
+        return "; ".join(self._said.values())
 
     async def complete(self, sources: Sequence[Source]) -> None:
         """Ask until nothing is wanted. Raises the last lie or ContentNotFound."""
@@ -157,7 +169,8 @@ class Race:
         """Nobody is at work, and nobody may be asked soon."""
         if self._working:
             return
-        pauses = [source.standing.wait_s for source in waiting]
+        patient = [it.standing for it in waiting if it.standing.refusals < _REFUSALS]
+        pauses = [standing.wait_s for standing in patient]
         if pauses and min(pauses) <= self._limits.stall_s:
             return
         for source in waiting:
@@ -165,7 +178,7 @@ class Race:
             self._said.setdefault(
                 source.name, f"{source.name} is left alone for {wait:.0f} s: {reason}"
             )
-        said = "; ".join(self._said.values()) or "there is no source to ask"
+        said = self.said or "there is no source to ask"
         if self._lie is not None:
             raise BlockMismatch(f"{self._tree.root}: {said}") from self._lie
         missing = next(iter(self._tree.wanted), self._tree.root)
@@ -194,30 +207,27 @@ class Race:
         await _all(self._by_name(asking) for _ in range(source.at_once))
 
     async def _stream(self, source: Source) -> None:
-        """Receiving, hashing and writing go on at the same time, a batch each."""
-        batch: list[Block] = []
+        """Receiving, hashing and writing go on at the same time, a buffer each."""
         under_way: deque[asyncio.Task[int]] = deque()
+        free: list[memoryview] = []
         failure: SourceFailed | BadCAR | None = None
-        size, since = 0, time.monotonic()
         self._asking += 1
         try:
-            async with aclosing(source.car(self._tree.root, self._exchange)) as stream:
-                try:
-                    async for blocks in stream:
-                        batch += blocks
-                        size += sum(len(data) for _, data in blocks)
-                        soon = time.monotonic() - since < _TICK_S and self._tree.placed
-                        if size < _BATCH and soon:
-                            continue
-                        under_way.append(asyncio.create_task(self._take(source, batch)))
-                        batch, size, since = [], 0, time.monotonic()
+            try:
+                async with source.car(self._tree.root, self._exchange) as fill:
+                    while True:
+                        buffer = free.pop() if free else memoryview(bytearray(_BATCH))
+                        patience_s = _TICK_S if self._tree.placed else 0.0
+                        if not (blocks := await fill(buffer, patience_s)):
+                            break
+                        under_way.append(asyncio.create_task(self._take(source, blocks)))
+                        under_way[-1].add_done_callback(partial(_give_back, free, buffer))
                         if len(under_way) < _UNDER_WAY:
                             continue
                         if not await under_way.popleft() and len(self._working) > 1:
                             return  # another brings the same: ask for what is missing
-                except (SourceFailed, BadCAR) as error:
-                    failure = error  # after what came before it
-            under_way.append(asyncio.create_task(self._take(source, batch)))
+            except (SourceFailed, BadCAR) as error:
+                failure = error  # after what came before it
             while under_way:
                 await under_way.popleft()
             if failure is not None:
@@ -274,7 +284,7 @@ class Race:
                 asking.queue.reverse()
         return None
 
-    async def _take(self, source: Source, blocks: Sequence[Block]) -> int:
+    async def _take(self, source: Source, blocks: Sequence[LentBlock]) -> int:
         """How many of them were of use. Raises BlockMismatch, after those before the lie."""
         checked = await self._in_hash(_check, blocks, source.name)
         used = await self._in_tree(self._tree.offer, checked.sound)
@@ -283,14 +293,27 @@ class Race:
         self._used += used
         if used:
             self._last_block, self._last_source = time.monotonic(), source.name
-        elif self._tree.spare_bytes > self._limits.bytes:
-            raise SourceFailed(f"{source.name} sends what nobody asked for")
+            source.standing.useful()
+        else:
+            self._count_waste(source, blocks)
         self._wake()
         return used
+
+    def _count_waste(self, source: Source, blocks: Sequence[LentBlock]) -> None:
+        """Raises SourceFailed when it is as much as a tree may hold."""
+        came = sum(len(data) for _, data in blocks)
+        share = len(blocks) / self._limits.blocks + came / self._limits.bytes
+        self._wasted[source.name] += share
+        if self._wasted[source.name] > 1:
+            raise SourceFailed(f"{source.name} sends what nobody asked for")
 
     def _wake(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+
+
+def _give_back(free: list[memoryview], buffer: memoryview, _: object) -> None:
+    free.append(buffer)
 
 
 @dataclass
@@ -306,11 +329,11 @@ class _Asking:
 
 @dataclass(frozen=True)
 class _Checked:
-    sound: Sequence[Block]
+    sound: Sequence[LentBlock]
     lie: BlockMismatch | None
 
 
-def _check(blocks: Sequence[Block], source: str) -> _Checked:
+def _check(blocks: Sequence[LentBlock], source: str) -> _Checked:
     """The blocks before the first that is not what its CID says: the only way into the tree."""
     for at, (cid, data) in enumerate(blocks):
         try:

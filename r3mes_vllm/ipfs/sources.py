@@ -8,16 +8,17 @@ import asyncio
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol, TypedDict
-
-from yarl import URL
+from urllib.parse import urlsplit
 
 from r3mes_vllm.errors import BadCAR, SourceFailed
 from r3mes_vllm.ipfs.blockstore import BlockStore
-from r3mes_vllm.ipfs.car import BLOCK_LIMIT, Block, CarFile, CarReader
+from r3mes_vllm.ipfs.car import BLOCK_LIMIT, CarFile, CarReader, LentBlock
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.http import Exchange
 
@@ -27,6 +28,8 @@ _ANSWER_LIMIT = 1 << 16
 
 _FIRST_BACK_OFF_S = 60.0
 _LONGEST_BACK_OFF_S = 86_400.0
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 60.0
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Standing:
     """Whether a source may be asked; kept from one fetch to the next."""
 
     lies: int = 0
+    refusals: int = 0
+    """In a row, for being busy."""
     until: float = 0.0
     """Not before then, by `time.monotonic`."""
     reason: str = ""
@@ -46,22 +51,39 @@ class Standing:
         """Leave it alone for a minute, and each time for twice as long, up to a day."""
         pause = min(_FIRST_BACK_OFF_S * 2**self.lies, _LONGEST_BACK_OFF_S)
         self.lies = min(self.lies + 1, 32)
-        self.until, self.reason = time.monotonic() + pause, "it gave wrong bytes"
+        self._leave_alone(pause, "it gave wrong bytes")
 
     def busy(self, pause: float) -> None:
-        """It asked for `pause` seconds without requests."""
-        self.until, self.reason = time.monotonic() + pause, "it asked for a pause"
+        """It asked for `pause` seconds without requests; it gets a second, and each time in a row
+        twice as much, up to a minute, if that is more."""
+        if not self.wait_s:  # else it was asked before it said so to another
+            self.refusals = min(self.refusals + 1, 32)
+        least = min(_FIRST_PAUSE_S * 2 ** (self.refusals - 1), _LONGEST_PAUSE_S)
+        self._leave_alone(max(pause, least), "it asked for a pause")
+
+    def useful(self) -> None:
+        """It gave a block that was wanted."""
+        self.refusals = 0
+
+    def _leave_alone(self, pause: float, reason: str) -> None:
+        if pause > self.wait_s:
+            self.until, self.reason = time.monotonic() + pause, reason
+
+
+Fill = Callable[[memoryview, float], Awaitable[list[LentBlock]]]
+"""As `CarReader.fill`, without holding up the loop."""
 
 
 class Source(Protocol):
-    """`name` stands in errors and progress. Both calls raise SourceFailed, and the first BadCAR."""
+    """`name` stands in errors and progress. Both calls raise SourceFailed, and so does what the
+    first gives, and BadCAR."""
 
     name: str
     standing: Standing
     at_once: int
     """Blocks to ask for at a time."""
 
-    def car(self, root: CID, exchange: Exchange) -> AsyncGenerator[list[Block], None]:
+    def car(self, root: CID, exchange: Exchange) -> AbstractAsyncContextManager[Fill]:
         """Unchecked blocks under `root`: in any order, perhaps others too, perhaps not all."""
 
     async def block(self, cid: CID, exchange: Exchange) -> bytes:
@@ -79,15 +101,15 @@ class CarSource:
         self._path = path
         self._file: CarFile | None = None
 
-    async def car(self, root: CID, exchange: Exchange) -> AsyncGenerator[list[Block], None]:
+    @asynccontextmanager
+    async def car(self, root: CID, exchange: Exchange) -> AsyncIterator[Fill]:
         try:
-            with self._path.open("rb") as file:
-                reader = CarReader(self.name)
-                while data := await asyncio.to_thread(file.read, 1 << 20):
-                    yield reader.feed(data)
-                reader.close()
+            file = self._path.open("rb")
         except OSError as error:
             raise SourceFailed(f"can't read {self._path}: {error.strerror}") from error
+        with file:
+            reader = CarReader(_Readable(file, self._path), self.name)
+            yield lambda *room: asyncio.to_thread(reader.fill, *room)
 
     async def block(self, cid: CID, exchange: Exchange) -> bytes:
         try:
@@ -103,6 +125,20 @@ class CarSource:
         return self._file.block(cid)
 
 
+class _Readable:
+    """Raises SourceFailed where the file raises OSError."""
+
+    def __init__(self, file: BufferedReader, path: Path) -> None:
+        self._file = file
+        self._path = path
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            return self._file.readinto(buffer)
+        except OSError as error:
+            raise SourceFailed(f"can't read {self._path}: {error.strerror}") from error
+
+
 class BlocksSource:
     """A folder of blocks, such as `blocks` in the repository of a Kubo that isn't running."""
 
@@ -113,8 +149,15 @@ class BlocksSource:
         self.standing = Standing()
         self._blocks = BlockStore(directory)
 
-    async def car(self, root: CID, exchange: Exchange) -> AsyncGenerator[list[Block], None]:
-        yield [(root, await self.block(root, exchange))]
+    @asynccontextmanager
+    async def car(self, root: CID, exchange: Exchange) -> AsyncIterator[Fill]:
+        blocks: list[LentBlock] = [(root, await self.block(root, exchange))]
+
+        async def fill(buffer: memoryview, patience_s: float) -> list[LentBlock]:
+            given, blocks[:] = list(blocks), []
+            return given
+
+        yield fill
 
     async def block(self, cid: CID, exchange: Exchange) -> bytes:
         try:
@@ -138,10 +181,7 @@ class _HttpSource(ABC):
     at_once = 8
 
     def __init__(self, url: str) -> None:
-        try:
-            self.name = str(URL(url).with_user(None))
-        except ValueError:
-            self.name = url
+        self.name = _without_user(url)
         self.standing = Standing()
         self._url = url.rstrip("/")
 
@@ -151,12 +191,11 @@ class _HttpSource(ABC):
     @abstractmethod
     def _block_request(self, cid: CID, exchange: Exchange) -> _Request: ...
 
-    async def car(self, root: CID, exchange: Exchange) -> AsyncGenerator[list[Block], None]:
-        reader = CarReader(self.name)
+    @asynccontextmanager
+    async def car(self, root: CID, exchange: Exchange) -> AsyncIterator[Fill]:
         async with exchange.ask(self.name, **self._car_request(root, exchange)) as body:
-            async for data in body:
-                yield reader.feed(data)
-        reader.close()
+            reader = CarReader(body, self.name)
+            yield lambda *room: body.connection.call(reader.fill, *room)
 
     async def block(self, cid: CID, exchange: Exchange) -> bytes:
         request = self._block_request(cid, exchange)
@@ -178,9 +217,8 @@ class KuboSource(_HttpSource):
         """Give the blocks of the CAR file to the daemon. Raises SourceFailed, and OSError."""
         url = f"{self._url}/api/v0/dag/import?pin-roots=false"
         with path.open("rb") as file:
-            async with exchange.ask(self.name, "POST", url, upload={"file": file}) as body:
-                async for _ in body:
-                    pass
+            async with exchange.ask(self.name, "POST", url, upload=file) as body:
+                await body.connection.call(body.whole, _ANSWER_LIMIT)
 
     async def pin(self, cid: CID, exchange: Exchange) -> None:
         """Keep it from the daemon's garbage collection. Raises SourceFailed."""
@@ -213,10 +251,14 @@ class GatewaySource(_HttpSource):
 
 
 async def _whole(exchange: Exchange, name: str, request: _Request, limit: int) -> bytes:
-    data = bytearray()
     async with exchange.ask(name, **request) as body:
-        async for part in body:
-            data += part
-            if len(data) > limit:
-                raise SourceFailed(f"{name} sent more than {limit} bytes")
-    return bytes(data)
+        return await body.connection.call(body.whole, limit)
+
+
+def _without_user(url: str) -> str:
+    """What may stand in messages."""
+    try:
+        parts = urlsplit(url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    except ValueError:
+        return url

@@ -6,7 +6,6 @@ hashed again, and what is not right is asked for again.
 """
 
 import os
-import shutil
 import stat
 from collections import deque
 from collections.abc import Iterable
@@ -16,11 +15,11 @@ from pathlib import Path
 
 from r3mes_vllm.errors import BadDAG, ContentTooLarge, IpfsError
 from r3mes_vllm.ipfs import names
-from r3mes_vllm.ipfs.blockstore import BlockStore
-from r3mes_vllm.ipfs.car import BLOCK_LIMIT, Block
-from r3mes_vllm.ipfs.cid import CID, RAW
-from r3mes_vllm.ipfs.direct import Writer
+from r3mes_vllm.ipfs.blockstore import Aside, BlockStore
+from r3mes_vllm.ipfs.car import BLOCK_LIMIT, LentBlock
+from r3mes_vllm.ipfs.cid import CID, RAW, Data
 from r3mes_vllm.ipfs.unixfs import Kind, Node, encode_leaves, read
+from r3mes_vllm.ipfs.writer import Writer
 
 _MOST_SHARDS = 500
 
@@ -67,11 +66,12 @@ class _Shard:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """`size` bytes of the file at `path`, from `offset` on."""
+    """`size` bytes of the file at `path`, which has `of` in all, from `offset` on."""
 
     path: Path
     offset: int
     size: int
+    of: int
 
 
 _Place = _Entry | _Shard | _Part
@@ -92,17 +92,13 @@ class Tree:
         """Bytes of the files whose first block is here."""
         self.placed = 0
         """Bytes of files that are here."""
-        self.spare_bytes = 0
-        """Of blocks that nothing linked to when they came; past `limits.bytes` they are dropped."""
         self.complete = False
         self._failure: IpfsError | OSError | None = None
         self._limits = limits
         self._files = folder / "files"
         self._nodes = BlockStore(folder / "nodes")
-        self._spare_folder = folder / "spare"
-        self._spare = BlockStore(self._spare_folder)
+        self._spare = Aside(folder)
         """Blocks that came before the node that links to them."""
-        self._spared: set[CID] = set()
         self._resuming = os.path.lexists(self._files)
         self._leaves: dict[CID, tuple[Path, int, int]] = {}
         self._linking: set[CID] = set()
@@ -110,15 +106,14 @@ class Tree:
         self._writer = Writer()
         self._todo: deque[tuple[CID, _Place]] = deque()
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._spare_folder, ignore_errors=True)
         self._want(root, _Entry(self._files, 0))
         self._settle()
         self._writer.flush()
         self.complete = not self.wanted
 
-    def offer(self, blocks: Iterable[Block]) -> int:
-        """Take verified blocks; how many were of use. What nothing links to yet is kept aside,
-        within limits, and dropped at the end."""
+    def offer(self, blocks: Iterable[LentBlock]) -> int:
+        """Take verified blocks, whose data are not kept; how many were of use. What nothing links
+        to yet is kept aside, within limits, and dropped at the end."""
         self._require_sound()
         used = 0
         try:
@@ -137,32 +132,24 @@ class Tree:
         return used
 
     def finish(self) -> Path:
-        """The complete tree, a directory or a file, written through to the disk."""
+        """The complete tree, a directory or a file; the kernel writes it to the disk later."""
         self._require_sound()
-        for path in (self._files, *self._files.rglob("*")):
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
         return self._files
 
     def _require_sound(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def _spare_block(self, cid: CID, data: bytes) -> None:
-        if cid in self._spared:
+    def _spare_block(self, cid: CID, data: Data) -> None:
+        if cid in self._spare or cid.inline is not None:
             return
-        self.spare_bytes += len(data) + 100
-        if self.spare_bytes <= self._limits.bytes:
+        fits = self._spare.bytes + len(data) <= self._limits.bytes
+        if fits and len(self._spare) < self._limits.blocks:
             self._spare.keep(cid, data)
-            self._spared.add(cid)
 
     def close(self) -> None:
         self._writer.close()
-        shutil.rmtree(self._spare_folder, ignore_errors=True)
-        self._spared.clear()
+        self._spare.close()
 
     def _want(self, cid: CID, place: _Place) -> None:
         self._places += 1
@@ -183,7 +170,7 @@ class Tree:
             elif (data := self._here(cid)) is not None:
                 self._came(cid, data)
 
-    def _came(self, cid: CID, data: bytes, *, lies_at: _Place | None = None) -> None:
+    def _came(self, cid: CID, data: Data, *, lies_at: _Place | None = None) -> None:
         places = self.wanted.pop(cid)
         node = read(cid, data)
         if node.links or node.kind is not Kind.FILE:
@@ -202,9 +189,8 @@ class Tree:
             return cid.inline
         if (leaf := self._leaves.get(cid)) is not None:
             return self._as_block(cid, self._segment(*leaf))
-        if cid in self._spared:
-            self._spared.discard(cid)
-            return self._spare.take(cid)
+        if (spare := self._spare.take(cid)) is not None:
+            return spare
         return None if cid.codec == RAW else self._nodes.get(cid)
 
     def _on_disk(self, cid: CID, place: _Place) -> bytes | None:
@@ -249,12 +235,12 @@ class Tree:
                 if node.kind is not Kind.SHARD:
                     raise BadDAG(f"{cid}: it should be a shard of a directory")
                 self._add_entries(directory, cid, node)
-            case _Part(path, offset, size):
+            case _Part(path, offset, size, of):
                 if node.kind is not Kind.FILE:
                     raise BadDAG(f"{cid}: a directory as a part of a file")
                 if node.size != size:
                     raise BadDAG(f"{cid}: {node.size} bytes stand where {size} were declared")
-                self._fill(path, offset, cid, node, written=written)
+                self._fill(path, offset, of, cid, node, written=written)
 
     def _place_entry(self, place: _Entry, cid: CID, node: Node, *, written: bool) -> None:
         if node.kind is Kind.FILE:
@@ -262,9 +248,9 @@ class Tree:
             if self.declared > self._limits.bytes:
                 raise ContentTooLarge(f"{self.root} holds more than {self._limits.bytes} bytes")
             if not written:
-                self._writer.write(place.path, 0, b"")
+                self._writer.write(place.path, 0, b"", size=node.size)
                 os.truncate(place.path, min(place.path.stat().st_size, node.size))
-            self._fill(place.path, 0, cid, node, written=written)
+            self._fill(place.path, 0, node.size, cid, node, written=written)
             return
         if place.depth >= self._limits.depth:
             raise ContentTooLarge(f"{self.root} is more than {self._limits.depth} directories deep")
@@ -297,15 +283,17 @@ class Tree:
             directory.names.add(folded)
             self._want(link.cid, _Entry(directory.path / name, directory.depth + 1))
 
-    def _fill(self, path: Path, offset: int, cid: CID, node: Node, *, written: bool) -> None:
+    def _fill(
+        self, path: Path, offset: int, of: int, cid: CID, node: Node, *, written: bool
+    ) -> None:
         if node.data and not written:
-            self._writer.write(path, offset, node.data)
+            self._writer.write(path, offset, node.data, size=of)
         if not node.links and cid.inline is None:
             self._leaves.setdefault(cid, (path, offset, node.size))
         self.placed += len(node.data)
         offset += len(node.data)
         for link, size in zip(node.links, node.blocksizes, strict=True):
-            self._want(link.cid, _Part(path, offset, size))
+            self._want(link.cid, _Part(path, offset, size, of))
             offset += size
 
 

@@ -9,7 +9,7 @@ from enum import Enum
 
 from r3mes_vllm.errors import BadCID, BadDAG
 from r3mes_vllm.ipfs import varint
-from r3mes_vllm.ipfs.cid import CID, RAW
+from r3mes_vllm.ipfs.cid import CID, RAW, Data
 
 
 class Kind(Enum):
@@ -35,7 +35,7 @@ class Link:
 @dataclass(frozen=True, slots=True)
 class Node:
     kind: Kind
-    data: bytes
+    data: Data
     links: tuple[Link, ...]
     blocksizes: tuple[int, ...]
     """Of a file: the bytes under each link."""
@@ -45,12 +45,12 @@ class Node:
     """Of a shard: how many hexadecimal digits come before a name."""
 
 
-def read(cid: CID, block: bytes) -> Node:
-    """The node in the verified `block`. Raises BadDAG."""
+def read(cid: CID, block: Data) -> Node:
+    """The node in the verified `block`, of which a raw one's data are a part. Raises BadDAG."""
     if cid.codec == RAW:
         return Node(Kind.FILE, block, (), (), len(block))
     try:
-        links, data = _read_pb_node(block)
+        links, data = _read_pb_node(bytes(block))
         if data is None:
             raise ValueError("it holds no UnixFS data")
         return _read_unixfs(data, links)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from r3mes_vllm.adapters import store as storing
+from r3mes_vllm.adapters import manifest
 from r3mes_vllm.adapters.store import Damaged, Store
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
@@ -67,9 +67,9 @@ def main(folder: Path, kills: int, seed: int) -> None:
 def _commit_in_place(self: Store, cid: CID, vetted: Path, notes: object = ()) -> None:
     into = self._adapters / str(cid)
     into.mkdir(exist_ok=True)
-    files = {name: storing._measured(vetted / name) for name in (CONFIG, WEIGHTS)}
-    manifest = {"fetched_at": 0.0, "notes": [], "files": files}
-    (into / storing.MANIFEST).write_text(json.dumps(manifest))
+    files = {name: manifest.measured(vetted / name) for name in (CONFIG, WEIGHTS)}
+    told = {"fetched_at": 0.0, "notes": [], "files": files}
+    (into / manifest.MANIFEST).write_text(json.dumps(told))
     for name in (CONFIG, WEIGHTS):
         with (vetted / name).open("rb") as source, (into / name).open("wb") as target:
             while data := source.read(1 << 16):

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from r3mes_vllm.adapters import manifest
 from r3mes_vllm.adapters import store as storing
-from r3mes_vllm.adapters.store import MANIFEST, Damaged, Lease, Store
+from r3mes_vllm.adapters.manifest import MANIFEST
+from r3mes_vllm.adapters.store import Damaged, Lease, Store
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
 from r3mes_vllm.errors import StorageFull
 from r3mes_vllm.ipfs.cid import CID, RAW
@@ -37,6 +39,7 @@ def put(store: Store, number: int, size: int = MIB) -> CID:
             store.commit(cid(number), files, ["a note"])
 
     asyncio.run(run())
+    store.synchronise()
     return cid(number)
 
 
@@ -132,10 +135,7 @@ def test_a_flipped_bit_is_found_and_dropped(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path)
     put(store, 1)
     put(store, 2)
-    path = tmp_path / "adapters" / str(cid(1)) / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
+    flip(tmp_path / "adapters" / str(cid(1)) / name)
     found = list(store.fsck())
     (damaged,) = [it for it in found if isinstance(it, Damaged)]
     assert (damaged.cid, damaged.dropped) == (cid(1), True)
@@ -195,6 +195,103 @@ def test_strangers_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     assert here(store) == {cid(1)}
     store.drop_unused()
     assert (tmp_path / "adapters" / "notes").is_dir()
+
+
+def after_a_power_cut(tmp_path: Path, one: CID) -> Path:
+    """The adapter's manifest, as it is when the disk was not waited for in an earlier boot."""
+    path = tmp_path / "adapters" / str(one) / MANIFEST
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, manifest._BOOT: "an earlier one"}))
+    return path
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def is_on_disk(path: Path) -> bool:
+    told = manifest.read(path.parent)
+    return told is not None and manifest.is_on_disk(told)
+
+
+def test_a_commit_is_written_through_to_the_disk_before_that_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    one = put(Store(tmp_path), 1)
+    assert synced == [CONFIG, WEIGHTS, str(one), "adapters", f".{MANIFEST}", str(one)]
+    assert is_on_disk(tmp_path / "adapters" / str(one) / MANIFEST)
+
+
+def test_what_a_power_cut_left_whole_is_served(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = after_a_power_cut(tmp_path, put(store, 1))
+    held(store, cid(1)).release()
+    store.synchronise()
+    assert is_on_disk(path)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_what_a_power_cut_damaged_is_dropped_and_fetched_again(tmp_path: Path, name: str) -> None:
+    store = Store(tmp_path)
+    flip(after_a_power_cut(tmp_path, put(store, 1)).with_name(name))
+    assert store.lease(cid(1)) is None
+    assert here(store) == set()
+    put(store, 1)
+    held(store, cid(1)).release()
+
+
+def test_with_the_check_off_what_a_power_cut_damaged_would_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "power_went", lambda told: False)
+    store = Store(tmp_path)
+    flip(after_a_power_cut(tmp_path, put(store, 1)).with_name(WEIGHTS))
+    held(store, cid(1)).release()
+
+
+def test_another_process_finishes_what_one_was_killed_at(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time; from pathlib import Path; "
+        "from r3mes_vllm.adapters import manifest; from tests.adapters import test_store; "
+        "manifest.synchronise = lambda adapter: (print('here', flush=True), time.sleep(3600)); "
+        "store = test_store.Store(Path(sys.argv[1])); "
+        "store.synchronise = lambda: None; test_store.put(store, 1)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout
+    assert other.stdout.readline() == "here\n"
+    other.kill()
+    other.wait()
+    path = tmp_path / "adapters" / str(cid(1)) / MANIFEST
+    assert not is_on_disk(path)
+    store = Store(tmp_path)
+    held(store, cid(1)).release()
+    store.synchronise()
+    assert is_on_disk(path)
+
+
+def test_a_disk_that_does_not_take_it_has_it_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    store = Store(tmp_path)
+    put(store, 1)
+    assert here(store) == set()
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from r3mes_vllm.adapters import shipped, supply, vetting
+from r3mes_vllm.adapters.manifest import MANIFEST
 from r3mes_vllm.adapters.model_shape import ModelShape
-from r3mes_vllm.adapters.store import MANIFEST, Store
+from r3mes_vllm.adapters.store import Store
 from r3mes_vllm.adapters.supply import Obtained, Supply
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
 from r3mes_vllm.errors import (
@@ -59,6 +60,7 @@ async def test_from_the_daemon_to_the_store(store: Store, js_ipfs: JsIpfs, tmp_p
     assert got.fetched
     assert got.facts.rank == 4
     assert str(cid) in str(got.path)
+    store.synchronise()
     assert files(got.path) == [CONFIG, WEIGHTS, MANIFEST]
     assert (got.path / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
     again = await supplied(store).obtain(cid)  # from nowhere: it is here
@@ -178,6 +180,7 @@ async def test_an_archive_is_unpacked(store: Store, tmp_path: Path, kind: str) -
     shutil.move(archive, tmp_path / "folder")  # as `ipfs add -w` wraps a file
     wrapped = await supplied(store).import_path(tmp_path / "folder")
     assert wrapped.cid != got.cid
+    store.synchronise()
     assert files(wrapped.path) == [CONFIG, WEIGHTS, MANIFEST]
 
 
@@ -308,6 +311,65 @@ async def test_what_is_fetched_can_be_pinned(store: Store, js_ipfs: JsIpfs, tmp_
     assert str(cid) not in js_ipfs.pins()
     await Supply(store, ipfs_api=js_ipfs.api, gateways=[], pin=True).obtain(cid)
     assert str(cid) in js_ipfs.pins()
+
+
+async def test_what_is_here_already_is_pinned_too(
+    store: Store, js_ipfs: JsIpfs, tmp_path: Path
+) -> None:
+    cid = CID.parse(js_ipfs.add(tiny.make_adapter(tmp_path / "mine", seed=8)))
+    await supplied(store, js_ipfs.api).obtain(cid)
+    assert str(cid) not in js_ipfs.pins()
+    await Supply(store, ipfs_api=js_ipfs.api, gateways=[], pin=True).obtain(cid)
+    assert str(cid) in js_ipfs.pins()
+
+
+async def test_a_pin_that_failed_fails_again_and_holds_nothing(
+    store: Store, tmp_path: Path
+) -> None:
+    published = gateway.packed(tiny.make_adapter(tmp_path / "mine", seed=3))
+    async with gateway.listening(gateway.Gateway(published)) as source:
+        one = Supply(store, ipfs_api=NOWHERE, gateways=[source.name], pin=True)
+        for _ in range(2):
+            with pytest.raises(AdapterError, match="is here, but is not pinned"):
+                await one.obtain(published.root)
+    (stored,) = store.stored()
+    assert not stored.in_use
+
+
+async def test_who_comes_while_a_cancelled_fetch_ends_shares_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetches: list[asyncio.Event] = []
+    ended = asyncio.Event()
+
+    async def fetch(*_: object, **__: object) -> Path:
+        fetches.append(asyncio.Event())
+        try:
+            await fetches[-1].wait()
+        except asyncio.CancelledError:
+            await ended.wait()
+            raise
+        raise ContentNotFound("nobody has it")
+
+    monkeypatch.setattr(supply, "fetch", fetch)
+    one, cid = supplied(store), CID.of(RAW, b"x")
+    first = asyncio.create_task(one.obtain(cid))
+    await until(lambda: len(fetches) == 1)
+    first.cancel()
+    await until(lambda: not one._flights)
+    second = asyncio.create_task(one.obtain(cid))
+    await until(lambda: len(one._flights) == 1)
+    ended.set()
+    await asyncio.wait({first})
+    await until(lambda: len(fetches) == 2)
+    third = asyncio.create_task(one.obtain(cid))
+    await until(lambda: sum(flight.waiting for flight in one._flights.values()) == 2)
+    fetches[1].set()
+    for task in (second, third):
+        with pytest.raises(ContentNotFound):
+            await task
+    assert len(fetches) == 2
+    assert not one._flights
 
 
 def test_a_cache_that_can_not_be_written_is_said(tmp_path: Path) -> None:

@@ -54,21 +54,43 @@ def _cid(data: bytes) -> None:
 
 
 def _car(data: bytes) -> None:
-    """However the stream is cut, the same comes out."""
+    """However the stream comes in parts, and whatever fits into a buffer, the same comes out."""
     step = (data[0] if data else 0) % 61 + 1
-    assert _read_car(data, step) == _read_car(data, len(data) + 1)
+    whole = _read_car(data, len(data) + 1, patience_s=60)
+    assert whole == _read_car(data, step, patience_s=60) == _read_car(data, step, patience_s=0)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        path = Path(name) / "x.car"
+        path.write_bytes(data)
+        with contextlib.suppress(R3mesError):
+            file, (blocks, _) = car.CarFile(path), whole
+            assert {cid: file.block(cid) for cid, _ in reversed(blocks)} == dict(reversed(blocks))
 
 
-def _read_car(data: bytes, step: int) -> list[car.Block] | None:
-    reader = CarReader("sender")
+class _InParts:
+    def __init__(self, data: bytes, step: int) -> None:
+        self._data = memoryview(data)
+        self._step = step
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        part = self._data[: min(self._step, len(buffer))]
+        self._data = self._data[len(part) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+_BUFFER = memoryview(bytearray(car.BLOCK_LIMIT))
+
+
+def _read_car(data: bytes, step: int, patience_s: float) -> tuple[list[car.Block], str]:
+    """The blocks, and the error after them."""
+    reader = CarReader(_InParts(data, step), "sender")
     found: list[car.Block] = []
     try:
-        for at in range(0, len(data), step):
-            found += reader.feed(data[at : at + step])
-        reader.close()
-    except R3mesError:
-        return None
-    return found
+        while blocks := reader.fill(_BUFFER, patience_s):
+            found += [(cid, bytes(block)) for cid, block in blocks]
+    except R3mesError as error:
+        return found, str(error)
+    return found, ""
 
 
 _PB = CID.of(DAG_PB, b"")

@@ -1,5 +1,6 @@
 """The CAR reader against `ipfsspec` as oracle, and against broken streams."""
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -27,12 +28,22 @@ CAR = written()
 HEADER = len(written([]))
 
 
-def read(data: bytes, step: int = 1 << 16) -> list[car.Block]:
-    reader = CarReader("sender")
-    found = []
-    for at in range(0, len(data), step):
-        found += reader.feed(data[at : at + step])
-    reader.close()
+class InParts(io.RawIOBase):
+    """A stream that gives so many bytes at a time."""
+
+    def __init__(self, data: bytes, step: int) -> None:
+        self._file = io.BytesIO(data)
+        self._step = step
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        return self._file.readinto(buffer[: self._step])
+
+
+def read(data: bytes, step: int = 1 << 16, room: int = car.BLOCK_LIMIT) -> list[car.Block]:
+    reader = CarReader(InParts(data, step), "sender")
+    found: list[car.Block] = []
+    while blocks := reader.fill(memoryview(bytearray(room)), patience_s=60):
+        found += [(cid, bytes(block)) for cid, block in blocks]
     for cid, block in found:
         cid.check(block, "sender")
     assert reader.roots == (ROOT,)
@@ -48,6 +59,28 @@ def test_another_reader_reads_what_is_written() -> None:
 @pytest.mark.parametrize("step", [1, 2, 7, 1000, 1 << 20])
 def test_the_stream_may_be_cut_anywhere_into_parts(step: int) -> None:
     assert read(CAR, step) == BLOCKS
+
+
+@pytest.mark.parametrize("room", [70000, 70001, 76003, 76004])
+def test_a_block_that_does_not_fit_any_more_comes_with_the_next(room: int) -> None:
+    assert read(CAR, room=room) == BLOCKS
+
+
+def test_without_patience_each_block_is_given_at_once() -> None:
+    reader = CarReader(io.BytesIO(CAR), "sender")
+    buffer = memoryview(bytearray(car.BLOCK_LIMIT))
+    for block in BLOCKS:
+        assert reader.fill(buffer, patience_s=0) == [block]
+    assert reader.fill(buffer, patience_s=0) == []
+
+
+def test_the_blocks_before_an_error_are_given_before_it_is_raised() -> None:
+    reader = CarReader(io.BytesIO(CAR[:-1]), "sender")
+    buffer = memoryview(bytearray(car.BLOCK_LIMIT))
+    assert reader.fill(buffer, patience_s=60) == BLOCKS[:-1]
+    for _ in range(2):
+        with pytest.raises(BadCAR, match="cut short"):
+            reader.fill(buffer, patience_s=60)
 
 
 @settings(deadline=None)
@@ -116,17 +149,41 @@ def test_bytes_that_are_another_blocks_are_refused() -> None:
 )
 def test_a_header_that_is_no_cars_is_refused(header: bytes) -> None:
     with pytest.raises(BadCAR):
-        CarReader("sender").feed(varint.encode(len(header)) + header)
+        read(varint.encode(len(header)) + header)
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_car_or_refused(data: bytes) -> None:
-    reader = CarReader("sender")
-    try:
-        reader.feed(data)
-        reader.close()
-    except (BadCAR, BlockMismatch):
-        return
+    with contextlib.suppress(BadCAR, BlockMismatch):
+        read(data)
+
+
+def test_a_file_that_ends_within_a_block_holds_those_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.car"
+    path.write_bytes(CAR[:-1])
+    file = car.CarFile(path)
+    assert [file.block(cid) for cid, _ in BLOCKS] == [*(data for _, data in BLOCKS[:-1]), None]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        varint.encode((1 << 63) - 1) + bytes(ROOT),
+        b"\x01" + bytes(ROOT),  # its CID is longer than it
+        varint.encode(len(bytes(ROOT)) - 1) + bytes(ROOT) + b"\x00" * 1000,
+        b"\x00",
+    ],
+)
+def test_a_file_with_a_section_that_breaks_the_rules_holds_the_blocks_before_it(
+    tmp_path: Path, section: bytes
+) -> None:
+    path = tmp_path / "x.car"
+    path.write_bytes(CAR + section + CAR[HEADER:])
+    file = car.CarFile(path)
+    assert [file.block(cid) for cid, _ in BLOCKS] == [data for _, data in BLOCKS]
+    path.write_bytes(CAR[:HEADER] + section)
+    with pytest.raises(BadCAR):
+        car.CarFile(path)
 
 
 def test_the_root_of_a_file(tmp_path: Path) -> None:

@@ -288,16 +288,16 @@ async def test_a_cancelled_fetch_ends_at_once_and_can_go_on(
 async def test_a_full_disk_is_said_and_what_came_stays(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, left = os.pwrite, [3 << 18]
+    real, left = os.pwritev, [3 << 18]
 
-    def full(fd: int, data: memoryview, offset: int) -> int:
-        left[0] -= len(data)
+    def full(fd: int, pieces: list[memoryview], offset: int) -> int:
+        left[0] -= sum(map(len, pieces))
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        return real(fd, data, offset)
+        return real(fd, pieces, offset)
 
-    monkeypatch.setattr("r3mes_vllm.ipfs.direct.os.pwrite", full)
-    monkeypatch.setattr(race, "_BATCH", 1 << 18)
+    monkeypatch.setattr("r3mes_vllm.ipfs.writer.os.pwritev", full)
+    monkeypatch.setattr("r3mes_vllm.ipfs.writer._MOST_PIECES", 1)
     async with listening(Gateway(published)) as source:
         with pytest.raises(StorageFull, match="no room left"):
             await fetch(published.root, tmp_path / "fetch", sources=[source])

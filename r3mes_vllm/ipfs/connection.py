@@ -1,0 +1,174 @@
+"""One connection to a server that nobody trusts: opened on the loop, read by threads.
+
+A thread that reads straight into a buffer does twice what an event loop does that copies. The
+standard library's HTTP is enough for it: one request at a time, nothing decompressed or followed.
+"""
+
+import asyncio
+import io
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from http.client import HTTPConnection
+from ipaddress import ip_address
+from typing import Any, Literal, NamedTuple, TypeVar
+
+_CONNECT_S = 5.0
+_RECEIVE = 1 << 20
+"""Bytes that the kernel buffers of what comes from this machine: more would leave the processor's
+cache before it is read. For a longer way it finds by itself how many are needed."""
+
+_SEND = 1 << 20
+_SLOWEST = 1024
+"""Bytes a second; less than this over the stall time-out is a stall."""
+
+T = TypeVar("T")
+
+
+class Origin(NamedTuple):
+    scheme: str
+    host: str
+    port: int
+
+
+class Connection:
+    """`http` is used on threads, through `call`. `stall_s` in seconds."""
+
+    def __init__(
+        self, origin: Origin, sock: socket.socket, stall_s: float, threads: ThreadPoolExecutor
+    ) -> None:
+        self.origin = origin
+        self.used = False
+        """For a request before this one."""
+        self._sock = sock
+        self._threads = threads
+        self._stall_s = stall_s
+        self.http = HTTPConnection(origin.host, origin.port, blocksize=_SEND)
+        self.http.default_port = 443 if origin.scheme == "https" else 80
+        self.http.auto_open = 0
+
+    @classmethod
+    async def open(
+        cls, origin: Origin, stall_s: float, threads: ThreadPoolExecutor
+    ) -> "Connection":
+        """Raises OSError, TimeoutError too, and UnicodeError for a host that can't be one."""
+        async with asyncio.timeout(stall_s):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                origin.host, origin.port, type=socket.SOCK_STREAM
+            )
+        failure: OSError = ConnectionError(f"{origin.host} has no address")
+        for family, _, _, _, address in found:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            connection = cls(origin, sock, stall_s, threads)
+            try:
+                await connection._connect(address)
+            except OSError as error:
+                connection.close()
+                failure = error
+            except BaseException:
+                connection.close()
+                raise
+            else:
+                return connection
+        raise failure
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """`function`, which may wait for this connection, on a thread. Cancelling ends the wait
+        by shutting the connection down, and returns when the thread has left it."""
+        submitted = self._threads.submit(function, *args)
+        done = asyncio.wrap_future(submitted)
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            self._shut_down()
+            while not done.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({done})
+            if not done.cancelled():
+                done.exception()
+            raise
+
+    @property
+    def idle(self) -> bool:
+        """Whether it may carry another request: it is open, and nothing unasked has come."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """When no thread is in it."""
+        self._sock.close()
+
+    async def _connect(self, address: Any) -> None:
+        if ip_address(address[0]).is_loopback:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE)
+        self._sock.setblocking(False)
+        async with asyncio.timeout(min(_CONNECT_S, self._stall_s)):
+            await asyncio.get_running_loop().sock_connect(self._sock, address)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock.settimeout(self._stall_s)
+        if self.origin.scheme == "https":
+            secured = _system_tls().wrap_socket(
+                self._sock, server_hostname=self.origin.host, do_handshake_on_connect=False
+            )
+            self._sock = secured
+            await self.call(secured.do_handshake)
+        self.http.sock = _Socket(self._sock, self._stall_s)
+
+    def _shut_down(self) -> None:
+        with suppress(OSError):
+            # Not that of SSLSocket, which changes what the thread is using.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+
+@cache
+def _system_tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+class _Socket:
+    """What http.client uses of a socket; closing is left to the connection."""
+
+    def __init__(self, sock: socket.socket, stall_s: float) -> None:
+        self._sock = sock
+        self._stall_s = stall_s
+
+    def makefile(self, mode: Literal["rb"]) -> io.BufferedReader:
+        return io.BufferedReader(_Received(self._sock, self._stall_s))
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def close(self) -> None:
+        pass
+
+
+class _Received(io.RawIOBase):
+    """Raises TimeoutError when no byte comes for `stall_s`, and when too few came while it was
+    waited for more."""
+
+    def __init__(self, sock: socket.socket, stall_s: float) -> None:
+        self._sock = sock
+        self._stall_s = stall_s
+        self._waited_s = 0.0
+        self._came = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        began = time.monotonic()
+        came = self._sock.recv_into(buffer)
+        if self._came:  # the first may take all the time
+            self._waited_s += time.monotonic() - began
+        self._came += came
+        if self._waited_s > self._stall_s:
+            if self._came < _SLOWEST * self._stall_s:
+                raise TimeoutError(f"only {self._came} bytes came in {self._waited_s:.0f} s")
+            self._waited_s, self._came = 0.0, 0
+        return came
