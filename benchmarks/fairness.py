@@ -32,21 +32,23 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--every", type=float, default=5, help="seconds between cold requests")
     parser.add_argument("--seconds", type=float, default=30, help="of each measurement")
+    parser.add_argument("--dtype", default="bfloat16", help="or float32")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--engine", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--engine", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
         _work(*options.engine)
         return
-    result = measure(options.pairs, options.every, options.seconds)
+    result = measure(options.pairs, options.every, options.seconds, options.dtype)
     print(json.dumps(result, indent=1) if options.json else _told(result))
 
 
-def measure(pairs: int, every: float, seconds: float) -> dict[str, Any]:
+def measure(pairs: int, every: float, seconds: float, dtype: str) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"stock": [], "ours": []}
     with tempfile.TemporaryDirectory() as name:
         folders = [str(_adapter(Path(name) / it, i, 8, ATTENTION)) for i, it in enumerate("hc")]
-        with _Engine("0", folders) as stock, _Engine("1.8", folders) as ours:
+        told = [dtype, *folders]
+        with _Engine("0", told) as stock, _Engine("1.8", told) as ours:
             for pair in range(pairs):
                 order = [("stock", stock), ("ours", ours)]
                 for kind, engine in order if pair % 2 else order[::-1]:
@@ -58,6 +60,7 @@ def measure(pairs: int, every: float, seconds: float) -> dict[str, Any]:
     ]
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "dtype": dtype,
         "every": every,
         "seconds": seconds,
         "ratio": [round(it, 3) for it in (statistics.median(ratios), min(ratios), max(ratios))],
@@ -67,7 +70,7 @@ def measure(pairs: int, every: float, seconds: float) -> dict[str, Any]:
 
 def _told(result: dict[str, Any]) -> str:
     lines = [
-        f"SmolLM2-135M-Instruct, bf16, {result['machine']}, {len(result['ours'])} pairs of "
+        f"SmolLM2-135M-Instruct, {result['dtype']}, {result['machine']}, {len(result['ours'])} pairs of "
         f"{result['seconds']:g} s, a cold request every {result['every']:g} s",
         "| schedule | cold waits, median | longest | never began | tokens/s, median |",
         "|---|---|---|---|---|",
@@ -86,7 +89,7 @@ def _told(result: dict[str, Any]) -> str:
 class _Engine:
     """A process with an engine; it works only when it is asked to."""
 
-    def __init__(self, cycle: str, folders: list[str]) -> None:
+    def __init__(self, cycle: str, told: list[str]) -> None:
         environment = os.environ | {
             "R3MES_ADAPTER_CYCLE": cycle,
             "VLLM_PLUGINS": "r3mes",
@@ -96,7 +99,7 @@ class _Engine:
             "HF_HUB_OFFLINE": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.fairness", "--engine", *folders],
+            [sys.executable, "-m", "benchmarks.fairness", "--engine", *told],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -127,7 +130,7 @@ class _Engine:
         raise RuntimeError(f"the engine ended with {self._process.wait()}")
 
 
-def _work(*folders: str) -> None:
+def _work(dtype: str, *folders: str) -> None:
     """An engine that takes a measurement a line from standard input and prints what it found."""
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -138,7 +141,7 @@ def _work(*folders: str) -> None:
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             str(model),
-            dtype="bfloat16",
+            dtype=dtype,
             enable_lora=True,
             max_loras=1,
             max_cpu_loras=2,

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMClientError, VLLMServerError
 
 from r3mes_vllm.errors import BadRequest, EngineError
 
@@ -45,6 +45,8 @@ async def answer(
         raise BadRequest(f"{field}: {first['msg']}" if field else first["msg"]) from error
     except (VLLMClientError, ValueError, TypeError, OverflowError) as error:
         raise BadRequest(str(error)) from error
+    except VLLMServerError as error:
+        raise EngineError("the engine is not well") from error
     if isinstance(events, ErrorResponse):
         failure = BadRequest if events.error.code < 500 else EngineError
         raise failure(events.error.message)
@@ -62,6 +64,8 @@ def _piece(chunk: dict[str, Any]) -> Piece:
     if "error" in chunk:
         raise EngineError(chunk["error"]["message"])
     choice = chunk["choices"][0] if chunk["choices"] else {}
+    if choice.get("finish_reason") == "abort":
+        raise EngineError("the engine was stopped before the answer's end", hint="ask again")
     return Piece(
         text=choice.get("delta", {}).get("content") or "",
         finish_reason=choice.get("finish_reason"),

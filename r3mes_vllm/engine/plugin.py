@@ -1,5 +1,6 @@
 """vLLM's `general_plugins` entry point: loaded in every process of vLLM, several times perhaps."""
 
+import os
 from typing import Any
 
 from vllm.config import ParallelConfig, SchedulerConfig
@@ -17,6 +18,7 @@ def register() -> None:
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: CPU_WRAPPER)
     SchedulerConfig.get_scheduler_cls = _fair_scheduler
     ParallelConfig.__post_init__ = _with_staging
+    os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")  # of every token, for the canary
 
 
 def _fair_scheduler(self: SchedulerConfig) -> type[Any]:

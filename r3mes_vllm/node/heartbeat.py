@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -14,6 +15,8 @@ from r3mes_vllm.wire import ACTIVE, OFFLINE, Heartbeat, RegisterNode
 _FIRST_RETRY_S = 1.0
 _FAREWELL_S = 3.0
 _JITTER = 0.1
+_CALM_S = 3.0
+"""Between two registrations: the existing backend takes 20 requests a minute."""
 
 
 class Registration:
@@ -34,11 +37,20 @@ class Registration:
         self._load = load
         self._interval = interval_s
         self._registered = False
+        self._known = False
+        """To the backend, perhaps with other adapters than it has now."""
+        self._registered_at = -_CALM_S
+        self._outdated = asyncio.Event()
+
+    def adapters_changed(self) -> None:
+        """Register again soon: the existing backend learns of a node's adapters in no other way."""
+        self._outdated.set()
 
     async def goodbye(self) -> None:
         """Tell the backend that this node is gone; an absent backend costs seconds at most."""
-        if not self._registered:
+        if not self._known:
             return
+        self._known = False
         with suppress(BackendError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
                 # The existing backend has no deregister route: the last beat takes the node off
@@ -63,12 +75,25 @@ class Registration:
             except BackendError as error:
                 pause, delay = delay, min(delay * 2, self._interval)
                 complaint = _complain_once(error, complaint)
-            await asyncio.sleep(pause * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311
+            await self._rest(pause * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311
+
+    async def _rest(self, seconds: float) -> None:
+        def too_early() -> float:
+            return self._registered_at + _CALM_S - time.monotonic()
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._outdated.wait()
+                await asyncio.sleep(too_early())
+        if self._registered and self._outdated.is_set() and too_early() <= 0:
+            self._registered = False
 
     async def _register(self) -> None:
+        self._outdated.clear()
         node = self._describe()
+        self._registered_at = time.monotonic()
         await self._client.register(node)
-        self._registered = True
+        self._registered = self._known = True
         say(
             f"Serving node registered with {self._client.url} as {node.endpoint_url} "
             f"(wallet {node.wallet_address})"

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from r3mes_vllm import report
+from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import LARGEST_RANK
 from r3mes_vllm.engine import environment
 from r3mes_vllm.engine.model import served_name, shape_of
-from r3mes_vllm.errors import AdapterError, PortTaken
+from r3mes_vllm.errors import AdapterError, EngineError, PortTaken
 from r3mes_vllm.identity import Identity
+from r3mes_vllm.node import restart
 from r3mes_vllm.node.adapters import obtain_all
 from r3mes_vllm.node.guard import LOOPBACK, refuse_open_door
 from r3mes_vllm.settings import Settings, misspelt
@@ -26,6 +28,10 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     `passed_on` goes to vLLM's own argument parser. Raises R3mesError for all that a person can
     mend.
     """
+    restart.Restart.again = restart.Again(tuple(settings.restarts))
+    restart.reap()
+    if settings.restored:
+        settings = settings.model_copy(update={"loras": settings.restored})
     for text in misspelt():
         report.warn(text)
     refuse_open_door(settings)
@@ -43,15 +49,9 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     report.done("base model", name)
 
     report.begin("adapters")
+    supply = Supply.of(settings, base=base, max_rank=settings.max_lora_rank or LARGEST_RANK)
     with report.Downloads() as downloads:
-        named = asyncio.run(
-            obtain_all(
-                settings,
-                base=base,
-                max_rank=settings.max_lora_rank or LARGEST_RANK,
-                progress=downloads.show,
-            )
-        )
+        named = asyncio.run(obtain_all(settings, supply, progress=downloads.show))
     if not named:
         raise AdapterError(
             "none of the adapters can be served",
@@ -63,28 +63,41 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     report.begin("engine")
     # Only now: importing vLLM takes seconds, and it reads the environment that was prepared.
     from r3mes_vllm.engine import launch
+    from r3mes_vllm.engine.sizes import Memory, Sizes
     from r3mes_vllm.node.app import Interrupted
 
-    sizing = launch.Sizing.of(
-        [it.adapter.facts.rank for it in named],
+    sizes = Sizes.of(
+        [(it.adapter.facts.rank, it.adapter.facts.size) for it in named],
+        base,
+        Memory.now(model),
         max_loras=settings.max_loras,
         max_rank=settings.max_lora_rank,
     )
-    pinned = settings.model_copy(update={"loras": [f"{it.name}={it.adapter.cid}" for it in named]})
+    pinned = settings.model_copy(
+        update={
+            "loras": [f"{it.name}={it.adapter.cid}" for it in named],
+            "followed": [it.name for it in named if it.listed],
+        }
+    )
     os.environ.update(pinned.environ())
     command_line = launch.arguments(
         model=model,
         served_name=name,
         host=settings.serving_node_host,
         port=settings.serving_node_port,
-        sizing=sizing,
+        sizes=sizes,
         passed_on=passed_on,
     )
-    report.say(
-        f"engine: starting with {sizing.max_loras} adapter slots of rank {sizing.max_lora_rank}; "
-        "this takes half a minute"
-    )
-    launch.run(command_line)
+    report.say(f"engine: {sizes.arithmetic}")
+    report.say("engine: starting; this takes half a minute")
+    try:
+        launch.run(command_line)
+    except EngineError as error:
+        if not settings.restarts:
+            raise
+        restart.follow(restart.Failure(error.message, settings.restored, settings.followed))
+    if not Interrupted.seen:
+        restart.follow()
     return Interrupted.seen
 
 

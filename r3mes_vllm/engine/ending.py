@@ -1,0 +1,51 @@
+"""How requests and the engine end when something is wrong: as errors, and at once."""
+
+import os
+import signal
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import psutil
+from vllm.exceptions import RetryableRequestError
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+
+def refuse_aborted(engine: AsyncLLM) -> None:
+    """Let a request that the engine aborted fail; vLLM's handlers would give the part that was
+    generated as a whole answer, with the finish reason `abort`."""
+    stock = engine.generate
+
+    async def generate(*args: Any, **named: Any) -> AsyncGenerator[RequestOutput, None]:
+        outputs = stock(*args, **named)
+        try:
+            async for output in outputs:
+                if any(it.finish_reason == "abort" for it in output.outputs):
+                    raise RetryableRequestError("the engine was stopped before the answer's end")
+                yield output
+        finally:
+            await outputs.aclose()
+
+    engine.generate = generate
+
+
+def kill(engine: AsyncLLM) -> None:
+    """End the engine's processes, hung ones too, and all requests that wait for it, as errors."""
+    resources = engine.engine_core.resources
+    resources.engine_dead = True
+    for process in getattr(resources.engine_manager, "processes", ()):
+        _kill_tree(process.pid)
+    engine.output_processor.propagate_error(EngineDeadError())
+
+
+def _kill_tree(pid: int | None) -> None:
+    try:
+        tree = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

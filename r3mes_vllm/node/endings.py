@@ -1,0 +1,77 @@
+"""A stream that failed never ends as if it were complete.
+
+vLLM's streams end with `data: [DONE]` and the terminating chunk also after an error event: a client
+that looks for those takes half an answer for all of it. Here the event is the last that is sent,
+and the connection breaks before the terminating chunk.
+"""
+
+import logging
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.exceptions import RetryableRequestError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from r3mes_vllm.errors import EngineError, R3mesError
+
+_WATCHED = ("/chat", "/v1/")
+# What a model says stands in JSON strings, where a quotation mark has a backslash before it.
+_ERROR = b'data: {"error"'
+_DONE = b"data: [DONE]"
+_EVENT = (
+    b'event: error\ndata: {"error": {"message": "the answer failed after it had begun", '
+    b'"type": "server_error", "param": null, "code": "engine"}}\n\n'
+)
+
+
+class Endings:
+    """ASGI middleware; bytes pass as they come."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(_WATCHED):
+            await self._app(scope, receive, send)
+            return
+        events = told = False
+
+        async def watched(message: Message) -> None:
+            nonlocal events, told
+            if message["type"] == "http.response.start":
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                events = message["status"] == 200 and kind.startswith("text/event-stream")
+            elif events and _ERROR in (body := message.get("body", b"")):
+                told = True
+                await send(_more(body.partition(_DONE)[0]))
+                raise EngineError("the answer failed after it had begun")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            # vLLM's responses break off without a word
+            if events and not told:
+                await send(_more(_EVENT))
+            raise
+
+
+def _more(body: bytes) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+def no_tracebacks() -> None:
+    """Keep what broke a connection on purpose, and what a dead engine did to each of its requests,
+    out of the logs: both have been said in a line of their own."""
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    for handler in logging.getLogger("vllm").handlers:
+        handler.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    while error is not None:
+        if isinstance(error, R3mesError | EngineDeadError | RetryableRequestError):
+            return False
+        error = error.__cause__ or error.__context__
+    return True
