@@ -70,8 +70,9 @@ def measure(pairs: int, every: float, seconds: float, dtype: str) -> dict[str, A
 
 def _told(result: dict[str, Any]) -> str:
     lines = [
-        f"SmolLM2-135M-Instruct, {result['dtype']}, {result['machine']}, {len(result['ours'])} pairs of "
-        f"{result['seconds']:g} s, a cold request every {result['every']:g} s",
+        f"SmolLM2-135M-Instruct, {result['dtype']}, {result['machine']}, "
+        f"{len(result['ours'])} pairs of {result['seconds']:g} s, "
+        f"a cold request every {result['every']:g} s",
         "| schedule | cold waits, median | longest | never began | tokens/s, median |",
         "|---|---|---|---|---|",
     ]
