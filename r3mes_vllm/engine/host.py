@@ -10,7 +10,7 @@ here, so that vLLM never drops one by itself and reads it again between two toke
 
 import asyncio
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -21,24 +21,14 @@ from vllm.lora.request import LoRARequest
 
 from r3mes_vllm.adapters.supply import Obtained
 from r3mes_vllm.engine import staging
+from r3mes_vllm.engine.failures import Failures
 from r3mes_vllm.engine.names import Held, HeldNames, held
 from r3mes_vllm.engine.version import State, Version
-from r3mes_vllm.errors import (
-    AdapterNotReady,
-    AdapterRefused,
-    BadCID,
-    EngineError,
-    R3mesError,
-    UnknownAdapter,
-)
+from r3mes_vllm.errors import AdapterNotReady, BadCID, EngineError, R3mesError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
 
 LOAD_TIMEOUT_S = 120.0
 REMOVE_TIMEOUT_S = 30.0
-_REFUSED_FOR_S = 3600.0
-"""Its CID will not become another adapter."""
-_FAILED_FOR_S = 15.0
-_MOST_FAILURES = 1024
 _MOST_GONE = 32
 _BY_CID = "ipfs://"
 
@@ -82,7 +72,7 @@ class Host:
         self._names: dict[str, Version] = {}
         self._versions: dict[str, Version] = {}
         self._gone: deque[Version] = deque(maxlen=_MOST_GONE)
-        self._failed: OrderedDict[str, tuple[R3mesError, float]] = OrderedDict()
+        self._failures = Failures()
         self._loading: dict[Version, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._engine_lock = asyncio.Lock()
@@ -148,7 +138,7 @@ class Host:
         """Fetch, vet and stage `cid`, then let `name` lead to it; requests that hold the version
         before go on with that. Raises what `hold` raises, but waits as long as it takes."""
         mine = self._puts[name] = object()
-        self._failed.pop(str(cid), None)
+        self._failures.forget(str(cid))
         self._removed.discard(name)
         version = self._version(name, str(cid), keep=keep)
         version.keep |= keep
@@ -238,9 +228,7 @@ class Host:
             cid = await self._lookup(plain)
             if asked_cid not in ("", str(cid)):
                 raise UnknownAdapter(f"{plain!r} is {cid} now, not {asked_cid[:100]!r}")
-        failed, until = self._failed.get(str(cid), (None, 0.0))
-        if failed is not None and time.monotonic() < until:
-            raise failed.with_traceback(None)
+        self._failures.raise_known(str(cid))
         return self._version(name if name.startswith(_BY_CID) else plain, str(cid), keep=False)
 
     def _version(self, name: str, cid: str, *, keep: bool) -> Version:
@@ -289,10 +277,7 @@ class Host:
             return
         self.loads["failed"] += 1
         if isinstance(error, R3mesError):
-            lasts = _REFUSED_FOR_S if isinstance(error, AdapterRefused) else _FAILED_FOR_S
-            self._failed[version.cid] = error, time.monotonic() + lasts
-            while len(self._failed) > _MOST_FAILURES:
-                self._failed.popitem(last=False)
+            self._failures.note(version.cid, error)
         if not version.names:
             self._forget(version)
 

@@ -1,0 +1,33 @@
+"""What failed not long ago, so that it is not tried again for every request."""
+
+import time
+from collections import OrderedDict
+
+from r3mes_vllm.errors import AdapterRefused, R3mesError
+
+_REFUSED_FOR_S = 3600.0
+"""Its CID will not become another adapter."""
+_FAILED_FOR_S = 15.0
+_MOST = 1024
+
+
+class Failures:
+    """By CID."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, tuple[R3mesError, float]] = OrderedDict()
+
+    def note(self, cid: str, error: R3mesError) -> None:
+        lasts = _REFUSED_FOR_S if isinstance(error, AdapterRefused) else _FAILED_FOR_S
+        self._known[cid] = error, time.monotonic() + lasts
+        while len(self._known) > _MOST:
+            self._known.popitem(last=False)
+
+    def forget(self, cid: str) -> None:
+        self._known.pop(cid, None)
+
+    def raise_known(self, cid: str) -> None:
+        """Raise once more what was noted and still counts."""
+        error, until = self._known.get(cid, (None, 0.0))
+        if error is not None and time.monotonic() < until:
+            raise error.with_traceback(None)
