@@ -293,7 +293,8 @@ class TestDoors:
 
     def test_the_adapters_are_shown_without_their_paths(self, network: Network) -> None:
         answer = httpx.get(f"{network.node.url}/adapters")
-        assert [it["name"] for it in answer.json()["adapters"]] == ["legal", "medical"]
+        served = [it["name"] for it in answer.json()["adapters"] if it["names"]]
+        assert served == ["legal", "medical"]
         assert str(network.folder) not in answer.text
 
 
