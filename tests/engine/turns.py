@@ -9,6 +9,7 @@ those that are given alone, and how many tokens a second came in all.
 
 import json
 import os
+import random
 import sys
 import time
 from typing import Any
@@ -37,6 +38,7 @@ PROMPTS = [[30 + number] * 8 for number in range(AT_ONCE)]
 class Traffic:
     def __init__(self, engine: LLMEngine, hot: LoRARequest, cold: LoRARequest) -> None:
         self.engine, self.hot, self.cold = engine, hot, cold
+        self._chance = random.Random(0)
         self.alone = {
             (name, number): self._alone(adapter, number)
             for name, adapter in (("hot", hot), ("cold", cold))
@@ -75,7 +77,10 @@ class Traffic:
         }
 
     def _ask(self, adapter: LoRARequest, number: int, request_id: str) -> None:
-        length = LONGEST - number * LONGEST // 11  # not all to end at once
+        # Never all to end at once, which would let the cold one in.
+        length = (
+            LONGEST if request_id == "alone" else LONGEST - self._chance.randrange(LONGEST // 2)
+        )
         params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=2)
         prompt: Any = {"prompt_token_ids": PROMPTS[number]}
         self.engine.add_request(request_id, prompt, params, lora_request=adapter)
