@@ -8,7 +8,6 @@ import json
 import math
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,12 +87,15 @@ def read_json(path: Path, rule: str, largest: int, depth: int) -> dict[str, Any]
 
 
 def parse_json(
-    raw: bytes, name: str, rule: str, depth: int, parse_int: Callable[[str], int] = int
+    raw: bytes, name: str, rule: str, depth: int, *, negative: bool = True
 ) -> dict[str, Any]:
     """The JSON object that `raw` is, in UTF-8. Raises AdapterRefused in the name of `rule`."""
     if raw.count(b'"') > 2 * _MAX_PARTS:
         refuse(rule, f"{name} has over {2 * _MAX_PARTS} quotes")
-    parts = _STRING.sub(b"", raw).translate(None, _NO_PART)
+    between = _STRING.sub(b"", raw)
+    if not negative and b"-" in between:  # -0 too, which is none to those who read the file later
+        refuse(rule, f"{name} holds a negative number")
+    parts = between.translate(None, _NO_PART)
     if len(parts) > _MAX_PARTS:
         refuse(rule, f"{name} has {len(parts)} brackets and commas; at most {_MAX_PARTS}")
     level = 0
@@ -103,9 +105,7 @@ def parse_json(
             refuse(rule, f"{name} is nested more than {depth} deep")
     try:
         text = raw.decode()
-        found = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=parse_int
-        )
+        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         if "\\u" in text:
             json.dumps(found, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
@@ -125,7 +125,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             refuse("header_is_sound", f"{path.name}: a header of {length} bytes in {size}")
         raw = file.read(length)
     title = f"the header of {path.name}"
-    header = parse_json(raw, title, "header_is_sound", _HEADER_DEPTH, _natural)
+    header = parse_json(raw, title, "header_is_sound", _HEADER_DEPTH, negative=False)
     if len(header) > _MAX_TENSORS:
         refuse("header_is_sound", f"{path.name}: {len(header)} tensors; at most {_MAX_TENSORS}")
     metadata = header.pop("__metadata__", {})
@@ -227,12 +227,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name stands twice")
     return result
-
-
-def _natural(text: str) -> int:
-    if text.startswith("-"):  # -0 too, which is none to those who read the file later
-        raise ValueError(f"{text[:20]} is negative")
-    return int(text)
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -49,8 +49,12 @@ def value_of(config: dict[str, Any], field: str, module: str) -> Any:
 
 def is_named(module: str, names: set[str]) -> bool:
     """By its whole name or the end of it, as in PEFT."""
-    parts = module.split(".")
-    return any(".".join(parts[at:]) in names for at in range(len(parts)))
+    at = len(module)
+    while names and at >= 0:
+        at = module.rfind(".", 0, at)
+        if module[at + 1 :] in names:
+            return True
+    return False
 
 
 def layers_of(config: dict[str, Any]) -> set[int]:
