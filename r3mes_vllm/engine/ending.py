@@ -1,5 +1,6 @@
 """How requests and the engine end when something is wrong: as errors, and at once."""
 
+import logging
 import os
 import signal
 from collections.abc import AsyncGenerator
@@ -10,6 +11,8 @@ from vllm.exceptions import RetryableRequestError
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from r3mes_vllm.errors import R3mesError
 
 
 def refuse_aborted(engine: AsyncLLM) -> None:
@@ -49,3 +52,20 @@ def _kill_tree(pid: int | None) -> None:
             os.kill(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def no_tracebacks() -> None:
+    """Keep what broke a connection on purpose, and what a dead engine did to each of its requests,
+    out of the logs: both have been said in a line of their own."""
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    for handler in logging.getLogger("vllm").handlers:
+        handler.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    while error is not None:
+        if isinstance(error, R3mesError | EngineDeadError | RetryableRequestError):
+            return False
+        error = error.__cause__ or error.__context__
+    return True

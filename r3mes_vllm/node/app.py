@@ -24,7 +24,7 @@ from r3mes_vllm.node import admin, chat, health, restart
 from r3mes_vllm.node.adapters import Named, obtain_all
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.node.choice import policy
-from r3mes_vllm.node.endings import Endings, no_tracebacks
+from r3mes_vllm.node.endings import Endings
 from r3mes_vllm.node.guard import Guard
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.node.hold import Hold
@@ -90,7 +90,7 @@ class NodeEndpoints:
         app.add_middleware(Hold)
         app.add_middleware(InFlight)
         app.add_middleware(Guard, settings=self._settings)
-        no_tracebacks()
+        ending.no_tracebacks()
         app.state.in_flight = 0
         inner = app.router.lifespan_context
 

@@ -5,14 +5,10 @@ that looks for those takes half an answer for all of it. Here the event is the l
 and the connection breaks before the terminating chunk.
 """
 
-import logging
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.exceptions import RetryableRequestError
-from vllm.v1.engine.exceptions import EngineDeadError
 
-from r3mes_vllm.errors import EngineError, R3mesError
+from r3mes_vllm.errors import EngineError
 
 _WATCHED = ("/chat", "/v1/")
 # What a model says stands in JSON strings, where a quotation mark has a backslash before it.
@@ -58,20 +54,3 @@ class Endings:
 
 def _more(body: bytes) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": True}
-
-
-def no_tracebacks() -> None:
-    """Keep what broke a connection on purpose, and what a dead engine did to each of its requests,
-    out of the logs: both have been said in a line of their own."""
-    logging.getLogger("uvicorn.error").addFilter(_is_news)
-    for handler in logging.getLogger("vllm").handlers:
-        handler.addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    while error is not None:
-        if isinstance(error, R3mesError | EngineDeadError | RetryableRequestError):
-            return False
-        error = error.__cause__ or error.__context__
-    return True

@@ -17,9 +17,8 @@ import httpx
 import numpy as np
 import psutil
 
-from r3mes_vllm.adapters.store import Store
-from r3mes_vllm.adapters.supply import Supply
 from tests import tiny
+from tests.in_store import put_in_store
 from tests.programs import free_port, program
 
 EVERY = 100
@@ -67,13 +66,8 @@ def measure(folder: Path, cycles: int) -> list[float]:
 
 async def _import(folder: Path) -> list[str]:
     """The adapters in the node's store, under no name."""
-    supply = Supply(Store(folder / "cache"), ipfs_api="http://127.0.0.1:9", gateways=[])
-    cids = []
-    for seed in range(1, ADAPTERS + 1):
-        obtained = await supply.import_path(tiny.make_adapter(folder / str(seed), seed=seed))
-        obtained.lease.release()
-        cids.append(str(obtained.cid))
-    return cids
+    made = [tiny.make_adapter(folder / str(seed), seed=seed) for seed in range(1, ADAPTERS + 1)]
+    return [await put_in_store(folder / "cache", adapter) for adapter in made]
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from r3mes_vllm.engine.ending import refuse_aborted
+from r3mes_vllm.engine.ending import no_tracebacks, refuse_aborted
 from r3mes_vllm.errors import EngineError
-from r3mes_vllm.node import endings
 from r3mes_vllm.node.endings import Endings
 from tests.programs import free_port
 
@@ -161,7 +160,7 @@ def http(request: pytest.FixtureRequest) -> str:
 def quiet() -> Iterator[None]:
     loggers = [logging.getLogger("uvicorn.error"), *logging.getLogger("vllm").handlers]
     before = [list(it.filters) for it in loggers]
-    endings.no_tracebacks()
+    no_tracebacks()
     yield
     for it, filters in zip(loggers, before, strict=True):
         it.filters[:] = filters

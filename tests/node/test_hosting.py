@@ -10,10 +10,9 @@ import httpx
 import psutil
 import pytest
 
-from r3mes_vllm.adapters.store import Store
-from r3mes_vllm.adapters.supply import Supply
 from tests import tiny
 from tests.conftest import Network
+from tests.in_store import put_in_store
 from tests.programs import wait_until
 
 SWITCHES, REQUESTS, AT_ONCE = 20, 1000, 8
@@ -23,15 +22,10 @@ SWITCHES, REQUESTS, AT_ONCE = 20, 1000, 8
 def cids(network: Network, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of three adapters that answer differently, in the node's store, under no name."""
     folder = tmp_path_factory.mktemp("adapters")
-    supply = Supply(Store(network.node_cache), ipfs_api="http://127.0.0.1:9", gateways=[])
 
     async def import_all() -> list[str]:
-        found = []
-        for seed in range(10, 13):
-            obtained = await supply.import_path(tiny.make_adapter(folder / str(seed), seed=seed))
-            obtained.lease.release()
-            found.append(str(obtained.cid))
-        return found
+        made = [tiny.make_adapter(folder / str(seed), seed=seed) for seed in range(10, 13)]
+        return [await put_in_store(network.node_cache, adapter) for adapter in made]
 
     return asyncio.run(import_all())
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from r3mes_vllm.adapters.store import Store
-from r3mes_vllm.adapters.supply import Supply
 from tests import tiny
 from tests.conftest import NODE_STARTS_S, Network
+from tests.in_store import put_in_store
 from tests.programs import Program, free_port, program
 
 MODELS = (tiny.NAME, "legal", "medical", "late")
@@ -42,11 +41,9 @@ async def first_tokens(url: str, times: int) -> dict[str, list[float]]:
 
 async def put_late(url: str, cache: Path, adapter: Path) -> None:
     """One more adapter while it runs: it must reach every worker."""
-    supply = Supply(Store(cache), ipfs_api="http://127.0.0.1:9", gateways=[])
-    obtained = await supply.import_path(adapter)
-    obtained.lease.release()
+    cid = await put_in_store(cache, adapter)
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        body = {"name": "late", "cid": str(obtained.cid)}
+        body = {"name": "late", "cid": cid}
         answer = await client.post("/adapters", json=body)
         assert answer.status_code == 200, answer.text
         shown = (await client.get("/adapters")).json()["adapters"]
