@@ -31,6 +31,9 @@ _POLL_S = 0.05
 _PROBES_S = 2.0
 """Waited for those who only look whether an adapter is here."""
 
+_MAKING_ROOM_S = 30.0
+"""Waited for another who makes room in the same store."""
+
 _RUBBISH_S = 86_400.0
 """Of a process that died; younger ones may be another process's at work."""
 
@@ -193,8 +196,12 @@ class Store:
         """
         if self.quota is None:
             return 0
+        with self._locked("room", wait_s=_MAKING_ROOM_S):  # two would take each other for users
+            return self._make_room(wanted, self.quota, keep)
+
+    def _make_room(self, wanted: int, quota: int, keep: CID | None) -> int:
         mine = _bytes(self._incoming / str(keep)) if keep else 0
-        over = self.used() - mine + wanted - self.quota
+        over = self.used() - mine + wanted - quota
         others = [other for other in self._least_recently_used() if other != keep]
         enough = sum(map(self._droppable, others)) >= over
         dropped = 0
@@ -205,7 +212,7 @@ class Store:
         if dropped < over and wanted:
             raise StorageFull(
                 f"{wanted} bytes more do not fit: the cache {self._directory} may hold "
-                f"{self.quota}, and what is in use leaves too little of it",
+                f"{quota}, and what is in use leaves too little of it",
                 hint="raise --cache-size, or serve fewer adapters",
             )
         return dropped
@@ -332,9 +339,11 @@ class Store:
 def _bytes(folder: Path) -> int:
     """On disk, as far as it doesn't go away meanwhile."""
     total = 0
-    for path in (folder, *folder.rglob("*")):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            total += path.lstat().st_blocks * 512
+    # `rglob` ends with an error at a folder that another fetch moves away under it
+    for parent, folders, files in os.walk(folder):
+        for name in ("", *folders, *files) if parent == str(folder) else (*folders, *files):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
     return total
 
 

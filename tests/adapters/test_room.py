@@ -153,3 +153,24 @@ def test_a_disk_without_room_for_a_name_can_be_freed(
     monkeypatch.setattr("r3mes_vllm.adapters.store.os.rename", full)
     assert store.drop_unused() >= MIB
     assert here(store) == set()
+
+
+def test_several_commit_at_once_into_a_store_that_must_make_room(tmp_path: Path) -> None:
+    """Each measures folders that the others move away, and drops what they would drop too."""
+    store = Store(tmp_path, quota=14 * MIB)
+    threads = 3
+    wrong: list[Exception] = []
+
+    def work(first: int) -> None:
+        try:
+            for number in range(first, first + 60, threads):
+                put(store, number)
+        except (AdapterError, OSError) as error:
+            wrong.append(error)
+
+    workers = [threading.Thread(target=work, args=(first,)) for first in range(threads)]
+    for it in workers:
+        it.start()
+    for it in workers:
+        it.join()
+    assert not wrong
