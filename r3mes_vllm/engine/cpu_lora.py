@@ -64,9 +64,14 @@ class _Pack:
 
 
 class _Product:
-    """`x @ weight.t()`, `weight` laid out by oneDNN as for vLLM's own layers where it can be."""
+    """`x @ weight.t()`, `weight` laid out by oneDNN as for vLLM's own layers where it can be.
+
+    On a processor without instructions for the type it is in float32, whatever `x` is.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
+        self._dtype = _computed_in(weight.dtype)
+        weight = weight.to(self._dtype)
         self.outputs = weight.shape[0]
         self._handler = None
         if ops._supports_onednn:
@@ -77,6 +82,7 @@ class _Product:
             self._weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self._dtype)
         if self._handler is None:
             return torch.nn.functional.linear(x, self._weight)
         # not ops.onednn_mm: its checks take as long as the product of a few rows
@@ -318,7 +324,7 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             if pack.a is not None:
                 rows = self.sampler_indices == slot
                 ((_, _, _, _, b),) = pack.b
-                y[rows, : b.outputs] += b(pack.a(x[rows])) * scale
+                y[rows, : b.outputs] += (b(pack.a(x[rows])) * scale).to(y.dtype)
 
 
 def _packed(
@@ -355,6 +361,16 @@ def _packed(
         _Product(torch.cat(a_parts)),
         tuple((*place, _Product(part)) for place, part in zip(placed, b_parts, strict=True)),
     )
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """float32 where the processor would only imitate `dtype`, which takes up to ten times as long
+    as converting and multiplying."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return torch.float32
+    return dtype
 
 
 def _rank(b: torch.Tensor) -> int:

@@ -146,6 +146,17 @@ def test_long_runs_and_many_columns_equal_float64(monkeypatch: pytest.MonkeyPatc
     assert not layer.differ(CpuPunicaWrapper(2048, 64, "cpu"), slots)
 
 
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_with_and_without_the_processors_bf16_it_equals_float64(
+    monkeypatch: pytest.MonkeyPatch, computed_in: torch.dtype
+) -> None:
+    monkeypatch.setattr(cpu_lora, "_computed_in", lambda dtype: computed_in)
+    layer, wrapper = Layer(0), CpuPunicaWrapper(512, 64, "cpu")
+    for slot in range(layer.slots):
+        layer.place(slot, (8, 4, 2))
+    assert not layer.differ(wrapper, [0] * 200 + [1, -1, 2] * 5)
+
+
 def test_without_the_mask_a_row_gets_others_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
     layer.place(0, (8, 8, 8))
