@@ -10,11 +10,12 @@ from r3mes_vllm.backend import answers, endpoints, inference, network, pages
 from r3mes_vllm.backend.balancer import Balancer
 from r3mes_vllm.backend.choice import policy
 from r3mes_vllm.backend.dial import Dialler, Timeouts
-from r3mes_vllm.backend.keys import Keys, client_keys
+from r3mes_vllm.backend.keys import client_keys
 from r3mes_vllm.backend.metrics import Measured, Metrics
 from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.backend.state import Backend, Clock
 from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.keys import Keys
 from r3mes_vllm.settings import Settings
 from r3mes_vllm.wire import Node
 

@@ -7,6 +7,7 @@ from r3mes_vllm.backend.bodies import INFERENCE_BODY_LIMIT, parse_object, read_b
 from r3mes_vllm.backend.choice import question
 from r3mes_vllm.backend.dial import Outgoing
 from r3mes_vllm.backend.headers import request_id, to_node
+from r3mes_vllm.backend.keys import demand
 from r3mes_vllm.backend.proxy import Relay
 from r3mes_vllm.backend.refusals import BadInput
 from r3mes_vllm.backend.routing import (
@@ -25,7 +26,7 @@ router = APIRouter()
 @router.post("/chat")
 async def chat(request: Request) -> Relay:
     backend = backend_of(request)
-    backend.client_keys.demand(request)
+    demand(backend.client_keys, request)
     body = await read_body(request, INFERENCE_BODY_LIMIT)
     ask = validated(wire.ChatRequest, parse_object(body))
     if not (ask.message or ask.messages):
@@ -45,7 +46,7 @@ async def chat(request: Request) -> Relay:
 @router.post("/v1/embeddings")
 async def openai(request: Request) -> Relay:
     backend = backend_of(request)
-    backend.client_keys.demand(request)
+    demand(backend.client_keys, request)
     body = await read_body(request, INFERENCE_BODY_LIMIT)
     model = parse_object(body).get("model")
     if not isinstance(model, str) or not model:
@@ -56,14 +57,14 @@ async def openai(request: Request) -> Relay:
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, object]:
     backend = backend_of(request)
-    backend.client_keys.demand(request)
+    demand(backend.client_keys, request)
     return {"object": "list", "data": await _models(backend)}
 
 
 @router.get("/v1/models/{model:path}")
 async def model(request: Request, model: str) -> dict[str, object]:
     backend = backend_of(request)
-    backend.client_keys.demand(request)
+    demand(backend.client_keys, request)
     for entry in await _models(backend):
         if entry["id"] == model:
             return entry

@@ -10,6 +10,7 @@ from r3mes_vllm import wire
 from r3mes_vllm.backend.bodies import registration
 from r3mes_vllm.backend.cids import check_cid
 from r3mes_vllm.backend.endpoints import check_endpoint
+from r3mes_vllm.backend.keys import demand
 from r3mes_vllm.backend.refusals import BadInput, UnknownNode
 from r3mes_vllm.backend.state import backend_of
 
@@ -25,7 +26,7 @@ router = APIRouter(prefix="/api")
 @router.post("/lora/register")
 async def register_lora(request: Request) -> wire.LoraRegistered:
     backend = backend_of(request)
-    backend.admin_keys.demand(request)
+    demand(backend.admin_keys, request)
     lora = await registration(request, wire.RegisterLora)
     check_cid(lora.ipfs_hash, field="ipfs_hash")
     _at_most(_TEXT_LIMIT, description=lora.description)

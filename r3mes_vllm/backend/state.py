@@ -10,10 +10,10 @@ from fastapi import Request
 from r3mes_vllm.backend.balancer import Balancer
 from r3mes_vllm.backend.dial import Dialler, Timeouts
 from r3mes_vllm.backend.endpoints import Resolve
-from r3mes_vllm.backend.keys import Keys
 from r3mes_vllm.backend.metrics import Metrics
 from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.choice import Policy
+from r3mes_vllm.keys import Keys
 from r3mes_vllm.wire import Node
 
 Clock = Callable[[], datetime]

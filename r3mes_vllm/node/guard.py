@@ -4,10 +4,8 @@ vLLM's `--api-key` guards some prefixes and leaves `/invocations`, `POST /adapte
 `/metrics` and `/docs` open; whatever it mounts tomorrow is closed here.
 """
 
-import hmac
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import Enum
 
 from starlette.datastructures import Headers
@@ -15,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.keys import Keys, presented
 from r3mes_vllm.settings import Settings
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -44,38 +43,23 @@ ROUTES: Mapping[tuple[str, str], Access] = {
 }
 
 
-@dataclass(frozen=True)
-class Keys:
+class Doors:
     """The keys that were configured. With none at all, every listed route is open."""
 
-    client: frozenset[str]
-    admin: frozenset[str]
+    def __init__(self, settings: Settings) -> None:
+        self.client = Keys(settings.api_keys, settings.api_keys_file)
+        self._admin = Keys([settings.admin_key or ""])
 
-    @classmethod
-    def of(cls, settings: Settings) -> "Keys":
-        client = set(settings.api_keys)
-        if settings.api_keys_file:
-            try:
-                lines = settings.api_keys_file.read_text().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(
-                    f"can't read the keys in {settings.api_keys_file}: {error}"
-                ) from error
-            client |= {line.strip() for line in lines if line.strip() and line[0] != "#"}
-        admin = {settings.admin_key} if settings.admin_key else set()
-        return cls(frozenset(client), frozenset(admin))
-
-    def allow(self, access: Access, given: str | None) -> bool:
-        if access is Access.ANYONE or not (self.client or self.admin):
+    def allow(self, access: Access, given: bytes) -> bool:
+        if access is Access.ANYONE or not (self.client.needed or self._admin.needed):
             return True
-        accepted = self.admin if access is Access.ADMIN else self.client | self.admin
-        return given is not None and _among(given, accepted)
+        admin = self._admin.accept(given)
+        return admin or (access is Access.CLIENT and self.client.accept(given))
 
 
 def refuse_open_door(settings: Settings) -> None:
     """Raise ConfigError if the node would listen beyond loopback with nothing asked of callers."""
-    keys = Keys.of(settings)
-    if settings.serving_node_host in LOOPBACK or keys.client or settings.insecure:
+    if settings.serving_node_host in LOOPBACK or settings.insecure or Doors(settings).client:
         return
     raise ConfigError(
         f"listening on {settings.serving_node_host} without an API key: anyone who reaches the "
@@ -89,7 +73,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._keys = Keys.of(settings)
+        self._doors = Doors(settings)
         self._routes = dict(ROUTES)
         if settings.open_chat:
             self._routes["POST", "/chat"] = Access.ANYONE
@@ -112,7 +96,7 @@ class Guard:
         access = self._routes.get((method, route))
         if access is None:
             await self._refuse_route(method, route)(scope, receive, send)
-        elif not self._keys.allow(access, _given_key(Headers(scope=scope))):
+        elif not self._doors.allow(access, _given_key(Headers(scope=scope))):
             await _refusal(
                 path, 401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY"
             )(scope, receive, send)
@@ -128,17 +112,8 @@ class Guard:
         return response
 
 
-def _given_key(headers: Headers) -> str | None:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
-        return token.strip()
-    return headers.get("x-api-key")
-
-
-def _among(given: str, accepted: Iterable[str]) -> bool:
-    # Every key is compared, each in constant time: the answer's delay tells nothing.
-    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in accepted]
-    return any(matches)
+def _given_key(headers: Headers) -> bytes:
+    return presented(headers.get("authorization", ""), headers.get("x-api-key", ""))
 
 
 def _refusal(path: str, status: int, code: str, message: str) -> Response:

@@ -100,7 +100,7 @@ def test_a_key_file_without_a_key_does_not_open_the_backend(tmp_path: Path) -> N
     file.write_text("\n# none yet\n")
     with pytest.raises(ConfigError, match="holds no key"):
         create_app(load({"api_keys_file": file}))
-    with pytest.raises(ConfigError, match="can't read the key file"):
+    with pytest.raises(ConfigError, match="can't read the keys"):
         create_app(load({"api_keys_file": tmp_path / "missing"}))
 
 
