@@ -101,6 +101,12 @@ class Settings(BaseSettings):
     api_keys: Annotated[list[str], NoDecode] = []
     api_keys_file: Path | None = None
     admin_key: str | None = None
+    body_bytes: int = Field(8 << 20, ge=1)
+    """Of one request; `8M` and the like are understood."""
+    body_timeout: float = Field(30.0, gt=0)
+    """Seconds in which a request's body must have come."""
+    requests_at_once: int = Field(1024, ge=1)
+    """Running and waiting; more are refused."""
     chat: ChatSettings = ChatSettings()
     adapter_cycle: float = Field(1.8, ge=0)
     """Seconds in which each adapter that waits for a slot has a turn; 0: stock vLLM's schedule."""
@@ -151,7 +157,7 @@ class Settings(BaseSettings):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
-    @field_validator("cache_size", "adapter_bytes", mode="before")
+    @field_validator("cache_size", "adapter_bytes", "body_bytes", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value

@@ -28,6 +28,7 @@ from r3mes_vllm.node.endings import Endings
 from r3mes_vllm.node.guard import Guard
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.node.hold import Hold
+from r3mes_vllm.node.limits import Limits
 from r3mes_vllm.node.load import InFlight
 from r3mes_vllm.node.metrics import AdapterMetrics
 from r3mes_vllm.node.registry import Registry
@@ -89,6 +90,7 @@ class NodeEndpoints:
         app.add_middleware(Endings)
         app.add_middleware(Hold)
         app.add_middleware(InFlight)
+        app.add_middleware(Limits, settings=self._settings)
         app.add_middleware(Guard, settings=self._settings)
         ending.no_tracebacks()
         app.state.in_flight = 0

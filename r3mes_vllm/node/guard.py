@@ -97,7 +97,7 @@ class Guard:
         if access is None:
             await self._refuse_route(method, route)(scope, receive, send)
         elif not self._doors.allow(access, _given_key(Headers(scope=scope))):
-            await _refusal(
+            await refusal(
                 path, 401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY"
             )(scope, receive, send)
         else:
@@ -106,8 +106,8 @@ class Guard:
     def _refuse_route(self, method: str, path: str) -> Response:
         allowed = sorted(verb for verb, listed in self._routes if listed == path)
         if not allowed:
-            return _refusal(path, 404, "not_found", f"there is no {path[:200]}")
-        response = _refusal(path, 405, "method_not_allowed", f"{path} takes {', '.join(allowed)}")
+            return refusal(path, 404, "not_found", f"there is no {path[:200]}")
+        response = refusal(path, 405, "method_not_allowed", f"{path} takes {', '.join(allowed)}")
         response.headers["allow"] = ", ".join(allowed)
         return response
 
@@ -116,9 +116,16 @@ def _given_key(headers: Headers) -> bytes:
     return presented(headers.get("authorization", ""), headers.get("x-api-key", ""))
 
 
-def _refusal(path: str, status: int, code: str, message: str) -> Response:
+def refusal(path: str, status: int, code: str, message: str) -> Response:
+    """In the shape that the clients of `path` know."""
     if path.startswith("/v1/"):
-        kind = "authentication_error" if status == 401 else "invalid_request_error"
+        kind = (
+            "authentication_error"
+            if status == 401
+            else "server_error"
+            if status >= 500
+            else "invalid_request_error"
+        )
         error = {"message": message, "type": kind, "param": None, "code": code}
         return JSONResponse({"error": error}, status)
     return JSONResponse({"error": {"code": code, "message": message, "hint": ""}}, status)

@@ -5,11 +5,12 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.errors import R3mesError
+from r3mes_vllm.node import bodies
 
 _ROUTES = (
     "/v1/chat/completions",
@@ -31,10 +32,10 @@ class Hold:
             await self._app(scope, receive, send)
             return
         host: Host = scope["app"].state.r3mes.host
-        body = await _body(receive)
+        body = await bodies.read(receive)
         if body is None:
             return  # the client is gone
-        again = _Replay(body, receive)
+        again = bodies.Replay(body, receive)
         name = _model(body)
         if name is None or host.is_base(name):
             await self._app(scope, again, send)
@@ -63,31 +64,6 @@ def refusal(error: R3mesError) -> Response:
         "code": code,
     }
     return JSONResponse({"error": content}, error.status, error.headers)
-
-
-class _Replay:
-    """`receive` for what comes after: the body that was read, then the client itself."""
-
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
-        self._receive = receive
-
-    async def __call__(self) -> Message:
-        if self._body is None:
-            return await self._receive()
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
-
-
-async def _body(receive: Receive) -> bytes | None:
-    parts = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(parts)
 
 
 def _model(body: bytes) -> str | None:

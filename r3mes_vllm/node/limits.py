@@ -1,0 +1,80 @@
+"""How much a request may send, how long it may take to, and how many are at work at a time."""
+
+import asyncio
+from contextlib import suppress
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from r3mes_vllm.node import bodies
+from r3mes_vllm.node.guard import refusal
+from r3mes_vllm.settings import Settings
+
+_COUNTED = ("/chat", "/v1/")
+_DRAIN_S = 2.0
+"""For a client that reads no answer before it has sent all."""
+
+
+class Limits:
+    """ASGI middleware: 413 for a body that is too large, 408 for one that takes too long to come,
+    503 when as many requests are at work as may be."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._bytes = settings.body_bytes
+        self._seconds = settings.body_timeout
+        self._most = settings.requests_at_once
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        counted = scope["path"].startswith(_COUNTED)
+        if counted and self._running >= self._most:
+            await _busy(scope["path"], self._running)(scope, receive, send)
+            return
+        self._running += counted
+        try:
+            await self._limited(scope, receive, send)
+        finally:
+            self._running -= counted
+
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, path = Headers(scope=scope), scope["path"]
+        try:
+            if int(headers.get("content-length") or 0) > self._bytes:
+                raise OverflowError
+            async with asyncio.timeout(self._seconds):
+                body = await bodies.read(receive, self._bytes)
+        except OverflowError:
+            if "expect" not in headers:  # such a client waits to be told whether to send
+                await _drain(receive)
+            response = refusal(
+                path, 413, "content_too_large", f"the body is over {self._bytes} bytes"
+            )
+        except TimeoutError:
+            response = refusal(
+                path, 408, "too_slow", f"the body took over {self._seconds:g} s to come"
+            )
+        else:
+            if body is not None:
+                await self._app(scope, bodies.Replay(body, receive), send)
+            return
+        response.headers["connection"] = "close"
+        await response(scope, receive, send)
+
+
+def _busy(path: str, running: int) -> Response:
+    response = refusal(path, 503, "busy", f"{running} requests are at work; try again soon")
+    response.headers["retry-after"] = "1"
+    response.headers["connection"] = "close"  # its body was not read
+    return response
+
+
+async def _drain(receive: Receive) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            while (await receive()).get("more_body"):
+                pass
