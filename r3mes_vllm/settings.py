@@ -58,6 +58,33 @@ class AdapterSettings(BaseModel):
     """Requests that run at a time; the others wait and hold up nobody."""
 
 
+class RequestLimits(BaseModel):
+    """`[limits]`: what one request may ask of a node."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int | None = Field(default=None, ge=1)
+    """Of an answer; without it as many as the model's context has room for."""
+    answers: int = Field(default=8, ge=1)
+    """`n` and `best_of`."""
+    logprobs: int = Field(default=20, ge=0)
+    """Of each token."""
+    prompts: int = Field(default=64, ge=1)
+    """In one request to `/v1/completions` or `/v1/embeddings`."""
+    messages: int = Field(default=1024, ge=1)
+    stops: int = Field(default=16, ge=1)
+    stop_characters: int = Field(default=256, ge=1)
+    biases: int = Field(default=1024, ge=1)
+    """Tokens in `logit_bias` and `allowed_token_ids`."""
+    choices: int = Field(default=1024, ge=1)
+    tools: int = Field(default=128, ge=1)
+    schema_bytes: int = Field(default=64 << 10, ge=1)
+    """Of all tools together, and of the schema of an answer."""
+    schema_depth: int = Field(default=32, ge=1)
+    pattern_characters: int = Field(default=1024, ge=1)
+    """Of a regular expression or grammar for the answer."""
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="R3MES_", extra="forbid", frozen=True)
 
@@ -107,6 +134,7 @@ class Settings(BaseSettings):
     """Seconds in which a request's body must have come."""
     requests_at_once: int = Field(1024, ge=1)
     """Running and waiting; more are refused."""
+    limits: RequestLimits = RequestLimits()
     chat: ChatSettings = ChatSettings()
     adapter_cycle: float = Field(1.8, ge=0)
     """Seconds in which each adapter that waits for a slot has a turn; 0: stock vLLM's schedule."""

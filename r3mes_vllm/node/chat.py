@@ -17,6 +17,7 @@ from r3mes_vllm.engine.answer import Piece, answer
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.version import Version
 from r3mes_vllm.errors import BadRequest, EngineError, R3mesError
+from r3mes_vllm.node.fields import refuse_excess
 from r3mes_vllm.wire import ChatRequest
 
 DEFAULT_MAX_TOKENS = 512
@@ -165,6 +166,7 @@ async def _read(request: Request) -> ChatRequest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise BadRequest(f"{field}: {first['msg']}" if field else first["msg"]) from error
+    refuse_excess(asked.model_dump(), request.app.state.r3mes.settings.limits)
     if not asked.message and not asked.messages:
         raise BadRequest("message: it is empty", hint='send {"message": "..."}')
     return asked

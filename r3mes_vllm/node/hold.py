@@ -1,4 +1,5 @@
-"""Every request under `/v1` holds its adapter from before vLLM's handler until its answer ended."""
+"""Every request under `/v1` is within the limits, and holds its adapter from before vLLM's handler
+until its answer ended."""
 
 import json
 from contextlib import AsyncExitStack
@@ -11,6 +12,7 @@ from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.errors import R3mesError
 from r3mes_vllm.node import bodies
+from r3mes_vllm.node.fields import TooMuch, refuse_excess
 
 _ROUTES = (
     "/v1/chat/completions",
@@ -36,8 +38,14 @@ class Hold:
         if body is None:
             return  # the client is gone
         again = bodies.Replay(body, receive)
-        name = _model(body)
-        if name is None or host.is_base(name):
+        fields = _fields(body)
+        try:
+            refuse_excess(fields, scope["app"].state.r3mes.settings.limits)
+        except TooMuch as error:
+            await refusal(error, error.field)(scope, receive, send)
+            return
+        name = fields.get("model")
+        if not isinstance(name, str) or host.is_base(name):
             await self._app(scope, again, send)
             return
         async with AsyncExitStack() as until_answered:
@@ -52,7 +60,7 @@ class Hold:
             await self._app(scope, again, send)
 
 
-def refusal(error: R3mesError) -> Response:
+def refusal(error: R3mesError, field: str = "model") -> Response:
     """The error in OpenAI's shape."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     code = "model_not_found" if error.code == "unknown_adapter" else error.code
@@ -60,15 +68,15 @@ def refusal(error: R3mesError) -> Response:
     content: dict[str, Any] = {
         "message": f"{error}{hint}",
         "type": kind,
-        "param": "model",
+        "param": field,
         "code": code,
     }
     return JSONResponse({"error": content}, error.status, error.headers)
 
 
-def _model(body: bytes) -> str | None:
+def _fields(body: bytes) -> dict[str, Any]:
     try:
-        model = json.loads(body)["model"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return model if isinstance(model, str) else None
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

@@ -106,6 +106,13 @@ def test_mistakes_are_typed_errors(client: openai.OpenAI) -> None:
             messages=MESSAGES,  # type: ignore[arg-type]
             temperature=-1,
         )
+    with pytest.raises(openai.BadRequestError, match="over the limit") as caught:
+        client.chat.completions.create(
+            model="legal",
+            messages=MESSAGES,  # type: ignore[arg-type]
+            n=9,
+        )
+    assert caught.value.param == "n"
 
 
 async def test_in_a_mixed_batch_each_gets_what_it_gets_alone(network: Network) -> None:
@@ -211,6 +218,7 @@ class TestChat:
             ("top_p", 2),
             ("seed", 10**30),
             ("stop", {"a": 1}),
+            ("stop", ["x"] * 17),
             ("messages", [5]),
             ("message", "word " * 5000),
         ],
@@ -224,6 +232,10 @@ class TestChat:
     @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"message": "\\ud800"}'])
     def test_a_body_that_is_no_json_object_is_400(self, network: Network, body: bytes) -> None:
         assert httpx.post(f"{network.node.url}/chat", content=body).status_code == 400
+
+    def test_a_body_over_the_limit_is_413(self, network: Network) -> None:
+        answer = httpx.post(f"{network.node.url}/chat", content=bytes(9 << 20))
+        assert answer.status_code == 413
 
     def endless(self, network: Network) -> dict[str, Any]:
         """A request whose answer, text all the way, ends only at its limit of tokens."""
