@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from r3mes_vllm import report
@@ -54,10 +54,11 @@ class Keys:
         return [*self._given, *self._from_file]
 
 
-def presented(authorization: str, x_api_key: str) -> bytes:
-    """The key in the values of these two headers, as it came."""
-    scheme, _, token = authorization.partition(" ")
-    key = token.strip() if scheme.lower() == "bearer" and token.strip() else x_api_key
+def presented(headers: Mapping[str, str]) -> bytes:
+    """The key in a request's headers, as it came; their names are in small letters."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    key = bearer or headers.get("x-api-key", "")
     return key.encode("latin-1")
 
 

@@ -79,10 +79,10 @@ class RequestLimits(BaseModel):
     choices: int = Field(default=1024, ge=1)
     tools: int = Field(default=128, ge=1)
     schema_bytes: int = Field(default=64 << 10, ge=1)
-    """Of all tools together, and of the schema of an answer."""
+    """Of all tools together, and of the schema or grammar of an answer."""
     schema_depth: int = Field(default=32, ge=1)
     pattern_characters: int = Field(default=1024, ge=1)
-    """Of a regular expression or grammar for the answer."""
+    """Of a regular expression for the answer, or within a schema."""
 
 
 class Settings(BaseSettings):

@@ -61,6 +61,6 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 
 def test_the_key_of_a_request() -> None:
-    assert presented("Bearer a ", "b") == b"a"
-    assert presented("Basic a", "b") == b"b"
-    assert presented("", "sch\xfc") == b"sch\xfc"
+    assert presented({"authorization": "Bearer a ", "x-api-key": "b"}) == b"a"
+    assert presented({"authorization": "Basic a", "x-api-key": "b"}) == b"b"
+    assert presented({"x-api-key": "sch\xfc"}) == b"sch\xfc"

@@ -340,10 +340,14 @@ def _bytes(folder: Path) -> int:
     """On disk, as far as it doesn't go away meanwhile."""
     total = 0
     # `rglob` ends with an error at a folder that another fetch moves away under it
-    for parent, folders, files in os.walk(folder):
-        for name in ("", *folders, *files) if parent == str(folder) else (*folders, *files):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    within = (
+        os.path.join(parent, name)
+        for parent, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    )
+    for path in (str(folder), *within):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            total += os.lstat(path).st_blocks * 512
     return total
 
 

@@ -10,9 +10,7 @@ from r3mes_vllm.settings import Settings
 
 def demand(keys: Keys, request: Request) -> None:
     """Raise Unauthorized unless `request` carries one of the keys, or none is needed."""
-    headers = request.headers
-    given = presented(headers.get("authorization", ""), headers.get("x-api-key", ""))
-    if keys.needed and not keys.accept(given):
+    if keys.needed and not keys.accept(presented(request.headers)):
         raise Unauthorized(
             "a valid key is needed", hint="send Authorization: Bearer KEY, or X-API-Key: KEY"
         )

@@ -9,8 +9,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from r3mes_vllm.errors import EngineError
+from r3mes_vllm.node.load import INFERENCE
 
-_WATCHED = ("/chat", "/v1/")
 # What a model says stands in JSON strings, where a quotation mark has a backslash before it.
 _ERROR = b'data: {"error"'
 _DONE = b"data: [DONE]"
@@ -27,7 +27,7 @@ class Endings:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(_WATCHED):
+        if scope["type"] != "http" or not scope["path"].startswith(INFERENCE):
             await self._app(scope, receive, send)
             return
         events = told = False

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from enum import Enum
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.keys import Keys, presented
+from r3mes_vllm.node.refusals import refusal
 from r3mes_vllm.settings import Settings
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -96,7 +97,7 @@ class Guard:
         access = self._routes.get((method, route))
         if access is None:
             await self._refuse_route(method, route)(scope, receive, send)
-        elif not self._doors.allow(access, _given_key(Headers(scope=scope))):
+        elif not self._doors.allow(access, presented(Headers(scope=scope))):
             await refusal(
                 path, 401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY"
             )(scope, receive, send)
@@ -110,22 +111,3 @@ class Guard:
         response = refusal(path, 405, "method_not_allowed", f"{path} takes {', '.join(allowed)}")
         response.headers["allow"] = ", ".join(allowed)
         return response
-
-
-def _given_key(headers: Headers) -> bytes:
-    return presented(headers.get("authorization", ""), headers.get("x-api-key", ""))
-
-
-def refusal(path: str, status: int, code: str, message: str) -> Response:
-    """In the shape that the clients of `path` know."""
-    if path.startswith("/v1/"):
-        kind = (
-            "authentication_error"
-            if status == 401
-            else "server_error"
-            if status >= 500
-            else "invalid_request_error"
-        )
-        error = {"message": message, "type": kind, "param": None, "code": code}
-        return JSONResponse({"error": error}, status)
-    return JSONResponse({"error": {"code": code, "message": message, "hint": ""}}, status)

@@ -5,7 +5,7 @@ import json
 from contextlib import AsyncExitStack
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from r3mes_vllm.disconnect import while_connected
@@ -13,6 +13,7 @@ from r3mes_vllm.engine.host import Host
 from r3mes_vllm.errors import R3mesError
 from r3mes_vllm.node import bodies
 from r3mes_vllm.node.fields import TooMuch, refuse_excess
+from r3mes_vllm.node.refusals import openai_refusal
 
 _ROUTES = (
     "/v1/chat/completions",
@@ -33,16 +34,17 @@ class Hold:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in _ROUTES:
             await self._app(scope, receive, send)
             return
-        host: Host = scope["app"].state.r3mes.host
+        node = scope["app"].state.r3mes
+        host: Host = node.host
         body = await bodies.read(receive)
         if body is None:
             return  # the client is gone
         again = bodies.Replay(body, receive)
         fields = _fields(body)
         try:
-            refuse_excess(fields, scope["app"].state.r3mes.settings.limits)
+            refuse_excess(fields, node.settings.limits)
         except TooMuch as error:
-            await refusal(error, error.field)(scope, receive, send)
+            await _refusal(error, error.field)(scope, receive, send)
             return
         name = fields.get("model")
         if not isinstance(name, str) or host.is_base(name):
@@ -55,23 +57,15 @@ class Hold:
                     return
                 await until_answered.enter_async_context(host.hold(name))
             except R3mesError as error:
-                await refusal(error)(scope, receive, send)
+                await _refusal(error)(scope, receive, send)
                 return
             await self._app(scope, again, send)
 
 
-def refusal(error: R3mesError, field: str = "model") -> Response:
-    """The error in OpenAI's shape."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
+def _refusal(error: R3mesError, field: str = "model") -> Response:
     code = "model_not_found" if error.code == "unknown_adapter" else error.code
     hint = f" ({error.hint})" if error.hint else ""
-    content: dict[str, Any] = {
-        "message": f"{error}{hint}",
-        "type": kind,
-        "param": field,
-        "code": code,
-    }
-    return JSONResponse({"error": content}, error.status, error.headers)
+    return openai_refusal(error.status, code, f"{error}{hint}", field=field, headers=error.headers)
 
 
 def _fields(body: bytes) -> dict[str, Any]:

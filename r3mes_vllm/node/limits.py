@@ -8,10 +8,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from r3mes_vllm.node import bodies
-from r3mes_vllm.node.guard import refusal
+from r3mes_vllm.node.load import INFERENCE
+from r3mes_vllm.node.refusals import refusal
 from r3mes_vllm.settings import Settings
 
-_COUNTED = ("/chat", "/v1/")
 _DRAIN_S = 2.0
 """For a client that reads no answer before it has sent all."""
 
@@ -31,7 +31,7 @@ class Limits:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
-        counted = scope["path"].startswith(_COUNTED)
+        counted = scope["path"].startswith(INFERENCE)
         if counted and self._running >= self._most:
             await _busy(scope["path"], self._running)(scope, receive, send)
             return

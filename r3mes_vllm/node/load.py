@@ -2,7 +2,8 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-_COUNTED = ("/chat", "/v1/")
+INFERENCE = ("/chat", "/v1/")
+"""What the paths of requests to a model begin with."""
 
 
 class InFlight:
@@ -12,7 +13,7 @@ class InFlight:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(_COUNTED):
+        if scope["type"] != "http" or not scope["path"].startswith(INFERENCE):
             await self._app(scope, receive, send)
             return
         state = scope["app"].state
