@@ -1,12 +1,12 @@
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: demo test lint setup fuzz crash isolation churn bench-supply bench-cpu
+.PHONY: demo test lint setup fuzz crash isolation churn conformance chaos bench-supply bench-cpu bench-gpu bench-routing bench-front-door bench-router api-docs
 
 demo: setup ## a backend, a node and two questions; ARGS=--once stops after the answers
 	@$(PYTHON_BIN) -m r3mes_vllm demo $(ARGS)
 
-test: setup lint ## the whole suite; ARGS go to pytest
-	$(PYTHON_BIN) -m pytest $(ARGS)
+test: setup lint ## the whole suite; with ARGS pytest alone, which gets them
+	$(if $(ARGS),$(PYTHON_BIN) -m pytest $(ARGS),$(PYTHON_BIN) -m tests.halves)
 
 fuzz: setup ## every parser for SECONDS=3600, keeping what was learnt in fuzz-corpus
 	$(PYTHON_BIN) -m tests.fuzz all --seconds $(or $(SECONDS),3600) --corpus fuzz-corpus
@@ -20,14 +20,42 @@ isolation: setup ## REQUESTS=5000 random requests: each must get what it gets al
 churn: setup ## CYCLES=2000 loads and unloads: the memory must stay where it is
 	$(PYTHON_BIN) -m tests.engine.churn --cycles $(or $(CYCLES),2000)
 
-bench-cpu: setup ## throughput kept, fairness and stalls, beside stock vLLM
-	$(PYTHON_BIN) -m benchmarks.cpu_lora
-	$(PYTHON_BIN) -m benchmarks.fairness
-	$(PYTHON_BIN) -m benchmarks.no_stall
+conformance: setup ## REQUESTS=10000 fuzzed requests by the API's own document; SEED=N
+	$(PYTHON_BIN) -m tests.conformance.schema --requests $(or $(REQUESTS),10000) \
+	  $(if $(SEED),--seed $(SEED))
+
+chaos: setup ## SECONDS=600 of failing nodes beside the backend, KILLS=100 before and after a token, REAL=20 of real nodes
+	$(PYTHON_BIN) -m tests.backend.chaos --seconds $(or $(SECONDS),600)
+	$(PYTHON_BIN) -m tests.backend.killing --kills $(or $(KILLS),100)
+	$(PYTHON_BIN) -m tests.killed_nodes --kills $(or $(REAL),20)
+
+bench-cpu: setup ## suites of a real engine beside stock vLLM; ARGS=--quick shows that they run
+	@for suite in kept fairness no-stall front-cost cold-start grid working-set; do \
+	  $(PYTHON_BIN) -m r3mes_vllm bench $$suite $(ARGS) || exit; done
+
+bench-gpu: setup ## the same with Llama shapes of 1B and 8B and random weights; no network; ARGS=--quick
+	@for model in llama-1b llama-8b; do \
+	  for suite in grid working-set cold-start fairness front-cost; do \
+	    $(PYTHON_BIN) -m r3mes_vllm bench $$suite --model $$model $(ARGS) || exit; done; done
+
+bench-front-door: setup ## what a thousand half-open connections cost everybody else
+	$(PYTHON_BIN) -m r3mes_vllm bench half-open $(ARGS)
+
+bench-router: setup ## what the backend adds to a stream, and how it grows
+	$(PYTHON_BIN) -m r3mes_vllm bench router $(ARGS)
+	$(PYTHON_BIN) -m r3mes_vllm bench scale $(ARGS)
 
 bench-supply: setup ## fetching and vetting against sha256 alone
-	$(PYTHON_BIN) -m benchmarks.fetch
-	$(PYTHON_BIN) -m benchmarks.vetting
+	$(PYTHON_BIN) -m r3mes_vllm bench fetch $(ARGS)
+	$(PYTHON_BIN) -m r3mes_vllm bench vetting $(ARGS)
+
+bench-routing: setup ## what a request waits, by how the router chooses a node
+	$(PYTHON_BIN) -m r3mes_vllm bench routing $(ARGS)
+	$(PYTHON_BIN) -m r3mes_vllm bench routing-nodes $(ARGS)
+
+api-docs: setup ## the reference of the Python API, as HTML in api-docs
+	$(PYTHON_BIN) -m pip --disable-pip-version-check install --quiet 'pdoc>=16'
+	$(PYTHON_BIN) -m pdoc --output-directory api-docs r3mes_vllm r3mes_vllm.serving_node r3mes_vllm.adapter_library
 
 lint: setup
 	$(PYTHON_BIN) -m ruff check

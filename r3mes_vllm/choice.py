@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from r3mes_vllm.errors import ConfigError
-from r3mes_vllm.settings import ChatSettings
+from r3mes_vllm.tables import ChatSettings
 
 Policy = Callable[[str, Sequence[str]], str | None]
 """`(message, adapters that can be had) -> one of them`, or None."""

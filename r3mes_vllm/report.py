@@ -38,6 +38,11 @@ def say(text: str) -> None:
     console().print(text, markup=False)
 
 
+def line(text: str) -> None:
+    """As `say`, for many a second."""
+    console().file.write(f"{text}\n")
+
+
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 

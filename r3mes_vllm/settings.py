@@ -6,13 +6,21 @@ This is the only module that reads the environment.
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -21,68 +29,44 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from r3mes_vllm import versions
 from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.tables import AdapterSettings, ChatSettings, RateSettings, RequestLimits
 from r3mes_vllm.wire import Wallet
+
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+"""The base model that comes out of a Python package."""
+
+Origin = Annotated[
+    str, StringConstraints(pattern=r"^https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?$")
+]
+"""As a browser sends it (https://fetch.spec.whatwg.org/#origin-header)."""
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
-_SECRET = ("api_keys", "admin_key", "database_url")
+SECRET = ("api_keys", "admin_key", "database_url", "fallback_key", "fallback_url")
 
-# In the order the existing network tries them; the first hit in the lower-cased message wins.
-DEFAULT_KEYWORDS = {
-    "coding": ["code", "program", "function", "debug", "error"],
-    "legal": ["legal", "law", "contract", "court"],
-    "medical": ["medical", "health", "doctor", "symptom"],
-    "finance": ["finance", "money", "invest", "stock"],
+INTERNAL = ("followed", "passing", "restarts", "restored", "base_only")
+"""What the programs of this package tell each other."""
+
+_OURS = {
+    "model": "`model`",
+    "served_model_name": "`model`",
+    "host": "`serving_node_host`",
+    "port": "`serving_node_port`",
+    "api_key": "`api_keys`",
+    "lora_modules": "`loras`",
+    "enable_lora": "this package",
+    "max_loras": "`max_loras`",
+    "max_cpu_loras": "this package",
+    "max_lora_rank": "`max_lora_rank`",
+    "api_server_count": "this package",
+    "scheduler_cls": "this package",
+    "worker_extension_cls": "this package",
+    "ssl_certfile": "`ssl_certfile`",
+    "ssl_keyfile": "`ssl_keyfile`",
 }
-
-
-class ChatSettings(BaseModel):
-    """`[chat]`: how `/chat` chooses an adapter for a message that names none."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    keywords: dict[str, list[str]] = DEFAULT_KEYWORDS
-    policy: str | None = None
-    """Import path `module:function` of `(message: str, adapters: list[str]) -> str | None`."""
-
-
-class AdapterSettings(BaseModel):
-    """`[adapters.NAME]`: what an adapter gets of an engine that it shares."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    weight: float = Field(default=1.0, gt=0)
-    """Of its turns, beside those of others."""
-    in_flight: int | None = Field(default=None, ge=1)
-    """Requests that run at a time; the others wait and hold up nobody."""
-
-
-class RequestLimits(BaseModel):
-    """`[limits]`: what one request may ask of a node."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    tokens: int | None = Field(default=None, ge=1)
-    """Of an answer; without it as many as the model's context has room for."""
-    answers: int = Field(default=8, ge=1)
-    """`n` and `best_of`."""
-    logprobs: int = Field(default=20, ge=0)
-    """Of each token."""
-    prompts: int = Field(default=64, ge=1)
-    """In one request to `/v1/completions` or `/v1/embeddings`."""
-    messages: int = Field(default=1024, ge=1)
-    stops: int = Field(default=16, ge=1)
-    stop_characters: int = Field(default=256, ge=1)
-    biases: int = Field(default=1024, ge=1)
-    """Tokens in `logit_bias` and `allowed_token_ids`."""
-    choices: int = Field(default=1024, ge=1)
-    tools: int = Field(default=128, ge=1)
-    schema_bytes: int = Field(default=64 << 10, ge=1)
-    """Of all tools together, and of the schema or grammar of an answer."""
-    schema_depth: int = Field(default=32, ge=1)
-    pattern_characters: int = Field(default=1024, ge=1)
-    """Of a regular expression for the answer, or within a schema."""
+"""Options of vLLM's that follow from settings."""
 
 
 class Settings(BaseSettings):
@@ -92,6 +76,12 @@ class Settings(BaseSettings):
 
     # node
     backend_url: str = ""
+    backend_ca: Path | None = None
+    """Certificates to trust when talking to the backend, in place of the public ones."""
+    ssl_certfile: Path | None = None
+    """Of the node, with its chain, in PEM; it is followed while the node serves."""
+    ssl_keyfile: Path | None = None
+    """Of it; None: the key is in the same file."""
     serving_node_url: str | None = None
     serving_node_host: str = "0.0.0.0"
     serving_node_port: int = Field(8081, ge=1, le=65535)
@@ -102,8 +92,12 @@ class Settings(BaseSettings):
     """Without `loras`: `first`, `all`, `category:NAME`, or an import path `module:function`."""
     followed: Annotated[list[str], NoDecode] = []
     """Of `loras`, what the registry may replace by another CID; for the server's process."""
+    passing: Annotated[list[str], NoDecode] = []
+    """Of `loras`, what came on demand and may leave again as it came; internal."""
     on_demand: bool = True
     """Load an adapter of the registry when the first request for it comes."""
+    base_only: bool = False
+    """The base model alone, in no network: for the backend that started this node; internal."""
     allow_cid: bool = False
     """Take `ipfs://CID` for the name of an adapter."""
     load_wait: float = Field(20.0, ge=0)
@@ -120,6 +114,7 @@ class Settings(BaseSettings):
     restored: Annotated[list[str], NoDecode] = []
     """`NAME=CID` of the adapters that such a node goes on with, in place of `loras`; internal."""
     model: str | None = None
+    """None for EMBEDDED_MODEL."""
     max_loras: int | None = Field(None, ge=1)
     max_lora_rank: int | None = Field(None, ge=1)
     open_chat: bool = False
@@ -128,17 +123,30 @@ class Settings(BaseSettings):
     api_keys: Annotated[list[str], NoDecode] = []
     api_keys_file: Path | None = None
     admin_key: str | None = None
+    header_bytes: int = Field(64 << 10, ge=1 << 10)
+    """Of one request, with its first line."""
+    header_timeout: float = Field(10.0, gt=0)
+    """Seconds in which they must have come, from the connection's first moment on."""
     body_bytes: int = Field(8 << 20, ge=1)
     """Of one request; `8M` and the like are understood."""
     body_timeout: float = Field(30.0, gt=0)
     """Seconds in which a request's body must have come."""
     requests_at_once: int = Field(1024, ge=1)
     """Running and waiting; more are refused."""
+    drain_timeout: float = Field(60.0, ge=0)
+    """Seconds that running requests have to finish when the node is told to end."""
+    log_requests: bool = False
+    """A line for each request that has ended."""
+    log_json: bool = False
+    """These lines in JSON."""
     limits: RequestLimits = RequestLimits()
+    rates: RateSettings = RateSettings()
     chat: ChatSettings = ChatSettings()
-    adapter_cycle: float = Field(1.8, ge=0)
+    adapter_cycle: float = Field(1.7, ge=0)
     """Seconds in which each adapter that waits for a slot has a turn; 0: stock vLLM's schedule."""
     adapters: dict[str, AdapterSettings] = {}
+    vllm: dict[str, Any] = {}
+    """`[vllm]`: options of vLLM's own by their names, before those that follow `--`."""
 
     # supply
     ipfs_api_url: str = "http://127.0.0.1:5001"
@@ -169,14 +177,29 @@ class Settings(BaseSettings):
         8000, ge=1, le=65535, validation_alias=AliasChoices("backend_port", "BACKEND_PORT")
     )
     database_url: str | None = None
+    fallback: Annotated[list[Literal["on-demand", "url", "local"]], NoDecode] = [
+        *("on-demand", "url", "local")
+    ]
+    """What answers when no node holds an adapter, in this order."""
     fallback_url: str | None = None
+    """Of an OpenAI-compatible server, as its clients have it; `/v1` is added to a bare host."""
+    fallback_key: str | None = None
+    """Its API key."""
+    fallback_model: str | None = None
+    """Without it the name that was asked for if that server lists it, else its first."""
     with_local_model: str | None = None
+    cors_origins: Annotated[list[Origin], NoDecode] = []
+    """Web pages of these origins may call the backend from a browser."""
+    required_node_version: str | None = None
+    """Nodes of an earlier one get no requests; existing nodes, which tell none, go on."""
+    latest_node_version: str | None = None
+    """Told to nodes of an earlier one."""
     allow_private_nodes: bool = False
     require_signatures: bool = False
 
     @field_validator(
-        *("loras", "followed", "restarts", "restored"),
-        *("ipfs_gateways", "ipfs_blocks", "api_keys"),
+        *("loras", "followed", "passing", "restarts", "restored"),
+        *("ipfs_gateways", "ipfs_blocks", "api_keys", "cors_origins", "fallback"),
         mode="before",
     )
     @classmethod
@@ -185,10 +208,30 @@ class Settings(BaseSettings):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
-    @field_validator("cache_size", "adapter_bytes", "body_bytes", mode="before")
+    @field_validator("cache_size", "adapter_bytes", "body_bytes", "header_bytes", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("required_node_version", "latest_node_version")
+    @classmethod
+    def _version(cls, value: str | None) -> str | None:
+        if value and versions.read(value) is None:
+            raise ValueError("is no version such as 1.2.3")
+        return value
+
+    @field_validator("vllm")
+    @classmethod
+    def _options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, given in value.items():
+            option = name.replace("-", "_")
+            if not re.fullmatch("[a-z][a-z0-9_]*", option):
+                raise ValueError(f"{name!r} is not the name of an option")
+            if (ours := _OURS.get(option)) is not None:
+                raise ValueError(f"{name} is set by {ours}, not here")
+            if not isinstance(given, (bool, int, float, str, list, dict)):
+                raise ValueError(f"{name} can't be a {type(given).__name__}")
+        return value
 
     @field_validator("backend_url", "serving_node_url", "ipfs_api_url", "fallback_url")
     @classmethod
@@ -197,11 +240,11 @@ class Settings(BaseSettings):
             raise ValueError("must begin with http:// or https://")
         return value.rstrip("/") if value else value
 
-    @field_validator("cache_dir", "state_dir")
+    @field_validator("cache_dir", "state_dir", "backend_ca", "ssl_certfile", "ssl_keyfile")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
+    def _absolute(cls, value: Path | None) -> Path | None:
         # vLLM takes a relative path that does not exist for a hub repository and downloads it.
-        return value.expanduser().absolute()
+        return value.expanduser().absolute() if value else None
 
     @property
     def backend(self) -> str:
@@ -216,7 +259,33 @@ class Settings(BaseSettings):
         host = self.serving_node_host
         if host in ("0.0.0.0", "::", ""):
             host = "localhost"
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.serving_node_port}"
+        return self.url_of(host)
+
+    @property
+    def local_url(self) -> str:
+        """Where this machine reaches the node, without a trailing slash."""
+        host = self.serving_node_host
+        return self.url_of({"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host))
+
+    def url_of(self, host: str) -> str:
+        """Of this node on that address of its machine."""
+        scheme = "https" if self.ssl_certfile else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.serving_node_port}"
+
+    @property
+    def vllm_arguments(self) -> list[str]:
+        """`[vllm]` as vLLM's command line has it."""
+        found: list[str] = []
+        for name, value in self.vllm.items():
+            option = name.replace("_", "-")
+            if isinstance(value, bool):
+                found.append(f"--{option}" if value else f"--no-{option}")
+            elif isinstance(value, list):
+                found += [f"--{option}", *map(str, value)]
+            else:
+                text = json.dumps(value) if isinstance(value, dict) else value
+                found.append(f"--{option}={text}")
+        return found
 
     def environ(self) -> dict[str, str]:
         """The variables from which another process loads these same settings."""
@@ -245,10 +314,20 @@ class Settings(BaseSettings):
 def load(options: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
     """Settings from `options` (those not None), the environment and the TOML file `config`.
 
-    Raises ConfigError with the setting's name and the wrong value.
+    Raises ConfigError with each wrong setting's name and value.
     """
+    return load_with_origins(options, config)[0]
+
+
+def load_with_origins(
+    options: Mapping[str, Any] | None = None, config: Path | None = None
+) -> tuple[Settings, dict[str, str]]:
+    """As `load`, and where each setting is from: `option`, the variable's name, the file's, or
+    `default`."""
     given = {key: value for key, value in (options or {}).items() if value is not None}
     from_file = _read_toml(config) if config else {}
+
+    layers: list[PydanticBaseSettingsSource] = []
 
     class Layered(Settings):
         @classmethod
@@ -256,19 +335,31 @@ def load(options: Mapping[str, Any] | None = None, config: Path | None = None) -
             cls, settings_cls: type[BaseSettings], *args: Any, **kwargs: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             above = Settings.settings_customise_sources(settings_cls, *args, **kwargs)
-            return (*above, InitSettingsSource(settings_cls, from_file))
+            layers[:] = [*above, InitSettingsSource(settings_cls, from_file)]
+            return tuple(layers)
 
     try:
-        return Layered(**given)
+        loaded = Layered(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "settings"
-        if first["type"] == "extra_forbidden":
-            message = f"unknown setting {name!r}{_nearest(name, Settings.model_fields)}"
-        else:
-            given_value = "" if name.split(".")[0] in _SECRET else f" (given: {first['input']!r})"
-            message = f"{name}: {first['msg']}{given_value}"
+        message = "; ".join(map(_mistake, error.errors()))
         raise ConfigError(message, hint=f"fix it in {config}" if config else "") from error
+    found = [set(layer()) for layer in layers]
+    origins = {}
+    for name in Settings.model_fields:
+        names = {name, _variable(name)}
+        where = ("option", _variable(name), str(config))
+        origins[name] = next(
+            (text for text, layer in zip(where, found, strict=True) if names & layer), "default"
+        )
+    return loaded, origins
+
+
+def _mistake(error: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in error["loc"]) or "settings"
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}{_nearest(name, Settings.model_fields)}"
+    shown = "" if name.split(".")[0] in SECRET else f" (given: {error['input']!r})"
+    return f"{name}: {error['msg']}{shown}"
 
 
 def misspelt(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -7,10 +7,18 @@ additive and optional, and unknown fields of a newer peer are ignored.
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from r3mes_vllm.signatures import KEY_PATTERN, SIGNATURE_PATTERN
 
 Wallet = Annotated[str, StringConstraints(pattern=r"^remes[a-zA-Z0-9]{15,55}$")]
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+SYSTEM_PROMPT_CHARACTERS = 8192
+"""That an adapter's may have."""
+SystemPrompt = Annotated[str, StringConstraints(max_length=SYSTEM_PROMPT_CHARACTERS)]
+
+AccessKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._~+/-]{16,256}$")]
 
 HEARTBEAT_TIMEOUT_S = 60
 """Seconds without a beat after which the network takes a node for dead."""
@@ -18,6 +26,11 @@ HEARTBEAT_TIMEOUT_S = 60
 ACTIVE = "active"
 DRAINING = "draining"
 OFFLINE = "offline"
+
+UNSIGNED = "unsigned"
+SIGNED = "signed"
+UNPROVEN = "unproven"
+"""It signs, but has not proved that its URL is its own."""
 
 
 class Wire(BaseModel):
@@ -32,9 +45,19 @@ class RegisterNode(Wire):
     adapters: dict[str, str] = {}
     base_model: str | None = None
     version: str | None = None
+    access_key: AccessKey | None = Field(default=None, repr=False)
+    """The backend sends it as a bearer token with each request to this node, and never shows it."""
 
 
-class Registered(Wire):
+class Told(Wire):
+    """What a backend may say of versions in each answer to a node."""
+
+    required_version: str | None = None
+    """A node of an earlier one gets no requests."""
+    latest_version: str | None = None
+
+
+class Registered(Told):
     success: bool
     action: Literal["created", "updated"] | None = None
     node_id: int | None = None
@@ -52,7 +75,15 @@ class Deregister(Wire):
     wallet_address: Wallet
 
 
-class Ack(Wire):
+class Proof(Wire):
+    """The answer of `POST /identity`: `signature` by `key`, over a nonce and the node's own URL."""
+
+    key: Annotated[str, StringConstraints(pattern=KEY_PATTERN)]
+    url: str
+    signature: Annotated[str, StringConstraints(pattern=SIGNATURE_PATTERN)]
+
+
+class Ack(Told):
     success: bool
 
 
@@ -62,11 +93,19 @@ class RegisterLora(Wire):
     description: str = ""
     category: str = ""
     version: str = "1.0.0"
+    system_prompt: SystemPrompt | None = None
+    base_model: str | None = None
+    size_bytes: Annotated[int, Field(strict=True, ge=0, le=1 << 50)] | None = None
+    """Of the weights."""
+    rank: Annotated[int, Field(strict=True, ge=1, le=1 << 20)] | None = None
+
+
+LoraAction = Literal["created", "updated", "deactivated", "activated"]
 
 
 class LoraRegistered(Wire):
     success: bool
-    action: Literal["created", "updated"]
+    action: LoraAction
     lora_id: int
 
 
@@ -77,7 +116,25 @@ class Lora(Wire):
     description: str | None = None
     category: str | None = None
     version: str | None = None
+    system_prompt: str | None = None
+    """For chats that bring none; see `SYSTEM_PROMPT_CHARACTERS`."""
     created_at: datetime | None = None
+    base_model: str | None = None
+    size_bytes: int | None = None
+    rank: int | None = None
+    active: bool = True
+    owner: str | None = None
+    """The key that alone may change it, besides the admin: 64 hexadecimal digits."""
+
+
+class LoraVersion(Wire):
+    """What an adapter's name has stood for."""
+
+    ipfs_hash: str
+    version: str
+    registered_at: datetime
+    """For the first time."""
+    current: bool
 
 
 class Node(Wire):
@@ -89,6 +146,9 @@ class Node(Wire):
     last_heartbeat: datetime
     adapters: dict[str, str] = {}
     base_model: str | None = None
+    signature: str | None = None
+    """`signed`, `unsigned`, or `unproven` for the reason that follows."""
+    signature_reason: str | None = None
 
 
 class NodeList(Wire):

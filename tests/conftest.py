@@ -11,7 +11,14 @@ import pytest
 from tests import tiny
 from tests.programs import Program, free_port, program, wait_until
 
-pytest_plugins = ["tests.peers.helia", "tests.peers.js_ipfs", "tests.peers.libkubo"]
+pytest_plugins = [
+    "tests.embedded",
+    "tests.peers.chromium",
+    "tests.peers.helia",
+    "tests.peers.js_ipfs",
+    "tests.peers.libkubo",
+    "tests.peers.postgres",
+]
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so their programs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -70,6 +77,7 @@ def network(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 *("--backend-url", backend_url, "--host", "127.0.0.1", "--port", str(node_port)),
                 # as many slots as adapters: stock vLLM then mixes up the rows
                 *("--max-loras", "2"),
+                *("--", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
                 url=node_url,
                 env={
                     "R3MES_HEARTBEAT_INTERVAL": str(HEARTBEAT_S),

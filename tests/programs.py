@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 
 def free_port() -> int:
@@ -69,6 +70,7 @@ def program(
     url: str = "",
     env: Mapping[str, str] | None = None,
     module: str = "r3mes_vllm",
+    cwd: Path | None = None,
 ) -> Iterator[Program]:
     """`r3mes-vllm ARGUMENTS`, or another program's, with a state and a cache of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("R3MES_")}
@@ -84,6 +86,7 @@ def program(
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=environment,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -98,5 +101,6 @@ def program(
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                for it in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    it.kill()
                 process.wait()

@@ -1,31 +1,42 @@
 """What is left of a node and of the demo when they end: nothing."""
 
+import asyncio
 import fcntl
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
+import httpx
 import psutil
 import pytest
 
 from tests import tiny
 from tests.conftest import NODE_STARTS_S
-from tests.programs import Program, free_port, program, wait_until
+from tests.programs import Program, free_port, program, wait_until, wait_until_async
+
+AT_ONCE = ("--drain-timeout", "300", "--", "--max-num-seqs", "1024")
+"""Options for a thousand streams."""
 
 
 @contextmanager
-def node(folder: Path, model: Path) -> Iterator[Program]:
+def node(
+    folder: Path, model: Path, backend: str = "http://127.0.0.1:9", *more: str
+) -> Iterator[Program]:
     port = free_port()
     tiny.make_adapter(folder / "legal", seed=0)
     with program(
         folder,
         *("serve", "--loras", f"legal={folder / 'legal'}", "--model", str(model)),
-        *("--host", "127.0.0.1", "--port", str(port), "--backend-url", "http://127.0.0.1:9"),
+        *("--host", "127.0.0.1", "--port", str(port), "--backend-url", backend),
+        *more,
         url=f"http://127.0.0.1:{port}",
     ) as running:
         yield running
@@ -46,24 +57,124 @@ def assert_nothing_left(processes: list[psutil.Process], folder: Path, port: int
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_ctrl_c_while_the_engine_starts(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_engine_starts(
+    tiny_model: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     with node(tmp_path, tiny_model) as running:
         wait_until(lambda: len(family(running.process)) > 2, 120, "the engine's processes")
         processes = family(running.process)
-        assert running.stop(signal.SIGINT) == 130
+        assert running.stop(number, 30) == status
         assert "Traceback" not in running.output()
     assert_nothing_left(processes, tmp_path, int(running.url.rpartition(":")[2]))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_serving_node_ends_cleanly(
-    tiny_model: Path, tmp_path: Path, number: signal.Signals, status: int
+@dataclass
+class Stream:
+    """One answer as it came; `done` when it ended as a whole one does."""
+
+    tokens: int
+    text: str = ""
+    status: int = 0
+    done: bool = False
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, stream: Stream) -> None:
+    body = {
+        "model": "legal",
+        "prompt": "What is a contract?",
+        "max_tokens": stream.tokens,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with suppress(aiohttp.ClientError):
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            stream.status = response.status
+            async for line in response.content:
+                stream.text += line.decode()
+            stream.done = "[DONE]" in stream.text and '"finish_reason":"length"' in stream.text
+
+
+@asynccontextmanager
+async def streams(url: str, tokens: Sequence[int], begun: int) -> AsyncIterator[list[Stream]]:
+    """Streams of which so many have begun; all have ended when the context ends."""
+    asked = [Stream(it) for it in tokens]
+    connector, patience = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=300)
+    async with aiohttp.ClientSession(connector=connector, timeout=patience) as session:
+        tasks = [asyncio.create_task(_ask(session, url, it)) for it in asked]
+        await wait_until_async(lambda: sum(bool(it.text) for it in asked) >= begun, 120, "some")
+        yield asked
+        await asyncio.gather(*tasks)
+
+
+async def _is_listed(backend: str) -> bool:
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"{backend}/api/serving-node/list", params={"lora": "legal"})
+    return bool(answer.json()["count"])
+
+
+async def _unlisted_at(backend: str) -> float:
+    """When the backend had no node any more, by the system's clock: told by another process, as
+    this one has a thousand streams to read."""
+    script = (
+        f"while curl -s '{backend}/api/serving-node/list?lora=legal' | grep -q wallet; do "
+        "sleep 0.02; done; date +%s.%N"
+    )
+    asking = await asyncio.create_subprocess_exec("sh", "-c", script, stdout=subprocess.PIPE)
+    said, _ = await asking.communicate()
+    return float(said)
+
+
+async def test_sigterm_loses_none_of_a_thousand_streams(tiny_model: Path, tmp_path: Path) -> None:
+    port = free_port()
+    with (
+        program(
+            tmp_path / "backend",
+            *("backend", "--port", str(port), "--allow-private-nodes"),
+            url=(backend := f"http://127.0.0.1:{port}"),
+        ),
+        node(tmp_path, tiny_model, backend, *AT_ONCE) as running,
+    ):
+        running.wait_for("/ready", NODE_STARTS_S)
+        while not await _is_listed(backend):
+            await asyncio.sleep(0.05)
+        processes = family(running.process)
+        lengths = [400 + number % 100 for number in range(1000)]
+        async with streams(running.url, lengths, begun=1000) as asked:
+            running.process.send_signal(signal.SIGTERM)
+            began, running_then = time.time(), sum(not it.done for it in asked if it.text)
+            unlisted = await _unlisted_at(backend) - began
+            async with httpx.AsyncClient() as client:
+                refused = await client.post(f"{running.url}/chat", json={"message": "hello"})
+                not_ready = await client.get(f"{running.url}/ready")
+        print(f"{running_then} ran; {unlisted:.2f} s until the backend did not list it")
+        assert running_then == 1000
+        assert all(it.done for it in asked)
+        assert unlisted < 1
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert refused.headers["retry-after"]
+        assert (not_ready.status_code, not_ready.json()["reason"]) == (503, "draining")
+        assert running.process.wait(30) == 0
+        assert "Traceback" not in running.output()
+    assert_nothing_left(processes, tmp_path, int(running.url.rpartition(":")[2]))
+
+
+async def test_ctrl_c_in_a_terminal_waits_for_streams_and_a_second_one_does_not(
+    tiny_model: Path, tmp_path: Path
 ) -> None:
+    """A terminal sends SIGINT to the whole process group."""
     with node(tmp_path, tiny_model) as running:
         running.wait_for("/ready", NODE_STARTS_S)
         processes = family(running.process)
-        assert len(processes) > 2
-        assert running.stop(number) == status
+        async with streams(running.url, [5, 8000], begun=2) as (short, long):
+            os.killpg(running.process.pid, signal.SIGINT)
+            await wait_until_async(lambda: short.done, 30, "the short one")
+            assert running.process.poll() is None
+            os.killpg(running.process.pid, signal.SIGINT)
+        assert not long.done
+        assert "[DONE]" not in long.text
+        assert running.process.wait(30) == 130
+        assert "1 requests are aborted" in running.output()
         assert "Traceback" not in running.output()
     assert_nothing_left(processes, tmp_path, int(running.url.rpartition(":")[2]))
 

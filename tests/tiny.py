@@ -8,6 +8,9 @@ from safetensors.numpy import save_file
 
 HIDDEN, INNER, LAYERS, HEADS, VALUE_HEADS = 128, 256, 2, 4, 2
 NAME = "tiny-llama"
+LONGEST = 8192
+"""Tokens of a prompt and its answer: a token may take a third of a millisecond, and answers must
+last long enough to be interrupted."""
 
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -42,7 +45,7 @@ def make_model(directory: Path) -> Path:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=VALUE_HEADS,
-        max_position_embeddings=1024,
+        max_position_embeddings=LONGEST,
         initializer_range=0.2,
         bos_token_id=fast.bos_token_id,
         eos_token_id=fast.eos_token_id,

@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from r3mes_vllm import settings
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
-from r3mes_vllm.engine.base_model import EMBEDDED, embedded_base_model
+from r3mes_vllm.engine.base_model import embedded_base_model
 from r3mes_vllm.ipfs.pack import pack
+from r3mes_vllm.settings import EMBEDDED_MODEL
 
 HERE = Path(__file__).parent
 DESCRIPTIONS = {
@@ -120,7 +121,7 @@ def train(name: str, base: Path, out: Path) -> None:
     save_file({key: trained[key].bfloat16().contiguous() for key in sorted(trained)}, out / WEIGHTS)
     config = {
         **LORA,
-        "base_model_name_or_path": f"HuggingFaceTB/{EMBEDDED}",
+        "base_model_name_or_path": f"HuggingFaceTB/{EMBEDDED_MODEL}",
         "inference_mode": True,
         "peft_type": "LORA",
     }

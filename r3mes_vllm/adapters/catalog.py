@@ -1,7 +1,7 @@
 """Which adapters to serve: names and CIDs from the command line, the backend, the last run.
 
-The catalog of the last run lies in `STATE_DIR/catalog.json`, so that a node starts with the
-adapters it knows while the backend is away.
+The catalog of the last run lies in `STATE_DIR/catalog.json`, and the adapters' system prompts in a
+file beside it, so that a node starts with the adapters it knows while the backend is away.
 """
 
 import json
@@ -18,10 +18,11 @@ from r3mes_vllm.adapters import shipped
 from r3mes_vllm.errors import BadCID, ConfigError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.path import IpfsPath
-from r3mes_vllm.wire import AdapterName, Lora
+from r3mes_vllm.wire import SYSTEM_PROMPT_CHARACTERS, AdapterName, Lora
 
 _NAME = TypeAdapter(AdapterName)
 _FILE = "catalog.json"
+_PROMPTS = "system-prompts.json"
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Catalog:
     """`registry` is the backend's list of adapters, or None while it can't be reached."""
 
     def __init__(self, state_dir: Path, registry: Sequence[Lora] | None) -> None:
-        self._file = state_dir / _FILE
+        self._state_dir = state_dir
         self._registry = registry
-        self._known = (
-            self._read() if registry is None else {it.name: it.ipfs_hash for it in registry}
-        )
+        if registry is None:
+            self._known, self._prompts = self._read(_FILE), self._read(_PROMPTS)
+        else:
+            self._known = {it.name: it.ipfs_hash for it in registry}
+            self._prompts = {it.name: it.system_prompt for it in registry if it.system_prompt}
         self.warnings: list[str] = []
 
     def choose(self, items: Sequence[str], policy: str) -> list[Wanted]:
@@ -95,6 +98,16 @@ class Catalog:
             )
         return IpfsPath.parse(where_it_is)
 
+    def system_prompt_of(self, name: str) -> str | None:
+        """Raises ConfigError for one that is too long."""
+        prompt = self._prompts.get(name)
+        if prompt and len(prompt) > SYSTEM_PROMPT_CHARACTERS:
+            raise ConfigError(
+                f"its system prompt has {len(prompt)} characters, "
+                f"{SYSTEM_PROMPT_CHARACTERS} are the most"
+            )
+        return prompt
+
     @staticmethod
     def is_place(what: str) -> bool:
         """Whether `find` needs no registry."""
@@ -114,13 +127,13 @@ class Catalog:
         """Keep these names for the next start. A state directory that can't be written is no
         reason not to serve."""
         known = self._known | {name: str(cid) for name, cid in wanted.items()}
-        aside = self._file.with_suffix(f".{os.getpid()}")
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(known, indent=1, sort_keys=True))
-            os.replace(aside, self._file)
-        except OSError:
-            aside.unlink(missing_ok=True)
+        self._write(_FILE, known)
+        fits = {
+            name: prompt
+            for name, prompt in self._prompts.items()
+            if len(prompt) <= SYSTEM_PROMPT_CHARACTERS
+        }
+        self._write(_PROMPTS, fits)
 
     def _read_item(self, item: str) -> list[Wanted]:
         if item == "all" or item.startswith("category:"):
@@ -155,12 +168,24 @@ class Catalog:
         known = self._known or shipped.cids()
         return [Lora(id=0, name=name, ipfs_hash=cid) for name, cid in known.items()]
 
-    def _read(self) -> dict[str, str]:
+    def _write(self, name: str, values: Mapping[str, str]) -> None:
+        file = self._state_dir / name
+        aside = file.with_suffix(f".{os.getpid()}")
         try:
-            known = json.loads(self._file.read_text())
+            self._state_dir.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(values, indent=1, sort_keys=True))
+            os.replace(aside, file)
+        except OSError:
+            aside.unlink(missing_ok=True)
+
+    def _read(self, name: str) -> dict[str, str]:
+        try:
+            values = json.loads((self._state_dir / name).read_text())
         except (OSError, ValueError):
             return {}
-        return cast("dict[str, str]", known) if isinstance(known, dict) else {}
+        if not isinstance(values, dict):
+            return {}
+        return {key: value for key, value in values.items() if isinstance(value, str)}
 
 
 def checked_name(name: str) -> str:

@@ -21,6 +21,8 @@ _NEEDS_BASE = "shapes_fit"
 
 @dataclass(frozen=True)
 class Finding:
+    """What one rule says of an adapter."""
+
     rule: str
     verdict: Literal["ok", "refused", "not checked"]
     message: str
@@ -30,6 +32,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Inspection:
+    """What an adapter is, as far as it could be read, and what each rule says of it."""
+
     findings: tuple[Finding, ...]
     rank: int | None
     alpha: float | None
@@ -41,6 +45,7 @@ class Inspection:
 
     @property
     def accepted(self) -> bool:
+        """No rule refuses it."""
         return all(finding.verdict != "refused" for finding in self.findings)
 
 

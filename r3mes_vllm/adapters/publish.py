@@ -1,29 +1,35 @@
 """From an author's folder to a pinned CID on an IPFS daemon."""
 
 import asyncio
+import re
 import tempfile
 from pathlib import Path
 
 from r3mes_vllm.adapters.model_shape import ModelShape
-from r3mes_vllm.adapters.vetting import vet
-from r3mes_vllm.errors import AdapterError, AdapterRefused, SourceFailed
+from r3mes_vllm.adapters.vetting import Adapter, vet
+from r3mes_vllm.errors import AdapterError, AdapterRefused, ConfigError, SourceFailed
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.http import exchange
 from r3mes_vllm.ipfs.pack import pack
 from r3mes_vllm.ipfs.sources import KuboSource
 from r3mes_vllm.ipfs.tree import Limits
+from r3mes_vllm.wire import SYSTEM_PROMPT_CHARACTERS
 
 _TOTAL_S = 1800.0
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9._-]{1,96})?")
 
 
-async def publish(directory: Path, *, api: str, base: ModelShape | None = None) -> CID:
-    """Vet the adapter in `directory`, add it to the daemon at `api` and pin it there.
+async def publish(
+    directory: Path, *, api: str, base: ModelShape | None = None
+) -> tuple[CID, Adapter]:
+    """Vet the adapter in `directory`, add it to the daemon at `api` and pin it there; its CID, and
+    what vetting read.
 
     Raises AdapterRefused for what no node would serve, and AdapterError when the daemon fails.
     """
     if not directory.is_dir():  # noqa: ASYNC240 - a local file, asked once
         raise AdapterRefused("files_are_there", f"{directory} is not a directory")
-    await asyncio.to_thread(vet, directory, base=base)
+    facts = await asyncio.to_thread(vet, directory, base=base)
     with tempfile.TemporaryDirectory() as name:
         packed = Path(name) / "adapter.car"
         cid = await asyncio.to_thread(pack, directory, packed)
@@ -38,4 +44,25 @@ async def publish(directory: Path, *, api: str, base: ModelShape | None = None) 
                     f"the IPFS daemon did not take {cid}: {error}",
                     hint="is it running? ipfs daemon; --ipfs-api names another",
                 ) from error
-    return cid
+    return cid, facts
+
+
+def read_system_prompt(given: str) -> str:
+    """The text itself, or that of the file after an `@`. Raises ConfigError."""
+    if given.startswith("@"):
+        try:
+            given = Path(given[1:]).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"can't read the system prompt: {error}", hint="--system-prompt @FILE, in UTF-8"
+            ) from error
+    if len(given) > SYSTEM_PROMPT_CHARACTERS:
+        raise ConfigError(
+            f"the system prompt has {len(given)} characters, {SYSTEM_PROMPT_CHARACTERS} are allowed"
+        )
+    return given
+
+
+def public_name(base_model: str) -> str | None:
+    """The name of a base model as anybody may know it; None for a folder of the author's."""
+    return base_model if _HUB_NAME.fullmatch(base_model) else None

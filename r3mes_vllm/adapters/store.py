@@ -48,6 +48,7 @@ class Lease:
     _fd: int
 
     def release(self) -> None:
+        """Once; leaving the `with` block does it too."""
         os.close(self._fd)
 
     def __enter__(self) -> "Lease":
@@ -77,6 +78,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Damaged:
+    """One adapter whose files are not what they were when they came."""
+
     cid: CID
     problem: str
     dropped: bool
@@ -93,6 +96,7 @@ class Store:
         self._incoming = directory / "incoming"
         self._locks = directory / "locks"
         self._synchronising: dict[CID, threading.Thread] = {}
+        self._beginning = threading.Lock()
         try:
             for folder in (self._adapters, self._incoming, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -241,14 +245,17 @@ class Store:
 
     def synchronise(self) -> None:
         """Wait until the disk has what was committed or leased here."""
-        for thread in tuple(self._synchronising.values()):
+        with self._beginning:
+            threads = tuple(self._synchronising.values())
+        for thread in threads:
             thread.join()
 
     def _begin_synchronising(self, cid: CID) -> None:
-        if cid not in self._synchronising:
-            thread = threading.Thread(target=self._synchronise, args=(cid,), name="r3mes-sync")
-            self._synchronising[cid] = thread
-            thread.start()
+        with self._beginning:  # who waits for it finds it started
+            if cid not in self._synchronising:
+                thread = threading.Thread(target=self._synchronise, args=(cid,), name="r3mes-sync")
+                self._synchronising[cid] = thread
+                thread.start()
 
     def _synchronise(self, cid: CID) -> None:
         try:

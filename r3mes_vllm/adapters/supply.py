@@ -1,10 +1,13 @@
 """From a CID to a vetted adapter in the store: fetch, verify, vet, commit."""
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.adapters.model_shape import ModelShape
@@ -33,6 +36,8 @@ from r3mes_vllm.ipfs.tree import Limits
 from r3mes_vllm.settings import Settings
 
 ProgressCall = Callable[[Progress], None]
+
+_KINDS = {BlocksSource: "blocks", KuboSource: "daemon", GatewaySource: "gateway"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class Supply:
         self._flights: dict[CID, _Flight] = {}
         self._pinned: set[CID] = set()
         """By this supply."""
+        self._car_bytes = 0
+        self.refusals: Counter[str] = Counter()
+        """By rule."""
+        self.timed: Callable[[str, float], None] = lambda phase, seconds: None
+        """Called with the seconds of each `fetch` and each `vet` of what was fetched."""
 
     @classmethod
     def of(
@@ -188,6 +198,13 @@ class Supply:
             sources = self._sources_of(path.root)
             return await resolve(path, scratch, sources=sources, limits=self._limits)
 
+    def fetched_bytes(self) -> dict[tuple[str, str], int]:
+        """Of verified blocks, by kind of source and, of those that the operator named, host."""
+        found: Counter[tuple[str, str]] = Counter({("car", ""): self._car_bytes})
+        for it in self._sources:
+            found[_KINDS[type(it)], urlsplit(it.name).hostname or ""] += it.standing.bytes
+        return dict(found)
+
     def _sources_of(self, cid: CID) -> list[Source]:
         known = (CarSource(it.car) for it in shipped.adapters() if CID.parse(it.cid) == cid)
         return [*known, *self._sources]
@@ -259,17 +276,28 @@ class Supply:
                 lease.release()  # another process was quicker
                 return
             try:
-                fetched = await fetch(
-                    cid, folder, sources=sources, limits=self._limits, progress=tell
-                )
+                fetched = await self._fetch_into(folder, cid, sources, tell)
+                began = time.monotonic()
                 with full_disk_is_said(folder), self._store.scratch() as work:
                     adapter, notes = await asyncio.to_thread(unwrap, fetched, work, self._limits)
                     facts = await self._vet(adapter, RULES)
+                    self.timed("vet", time.monotonic() - began)
                     noted = (*notes, *facts.notes)
                     await asyncio.to_thread(self._store.commit, cid, adapter, noted)
             except (AdapterRefused, BadArchive, BadDAG, ContentTooLarge):
                 await asyncio.to_thread(self._store.discard, cid)
                 raise
+
+    async def _fetch_into(
+        self, folder: Path, cid: CID, sources: Sequence[Source], tell: ProgressCall
+    ) -> Path:
+        began = time.monotonic()
+        try:
+            return await fetch(cid, folder, sources=sources, limits=self._limits, progress=tell)
+        finally:
+            self.timed("fetch", time.monotonic() - began)
+            cars = (it for it in sources if isinstance(it, CarSource))
+            self._car_bytes += sum(it.standing.bytes for it in cars)
 
     async def _pin_in_daemon(self, cid: CID) -> None:
         async with exchange(self._limits) as connections:
@@ -283,9 +311,13 @@ class Supply:
         self._pinned.add(cid)
 
     async def _vet(self, directory: Path, rules: Sequence[Rule]) -> Adapter:
-        return await asyncio.to_thread(
-            vet, directory, base=self._base, max_rank=self._max_rank, rules=rules
-        )
+        try:
+            return await asyncio.to_thread(
+                vet, directory, base=self._base, max_rank=self._max_rank, rules=rules
+            )
+        except AdapterRefused as error:
+            self.refusals[error.rule] += 1
+            raise
 
 
 def _is_content(path: Path) -> bool:

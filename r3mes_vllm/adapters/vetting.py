@@ -33,7 +33,17 @@ from r3mes_vllm.adapters.targets import (
     value_of,
 )
 
-__all__ = ["CONFIG", "HEADER_RULES", "LARGEST_RANK", "RULES", "WEIGHTS", "Adapter", "Rule", "vet"]
+__all__ = [
+    "CONFIG",
+    "HEADER_RULES",
+    "LARGEST_RANK",
+    "RULES",
+    "RULE_NAMES",
+    "WEIGHTS",
+    "Adapter",
+    "Rule",
+    "vet",
+]
 
 LARGEST_RANK = 512
 """What vLLM serves at most."""
@@ -330,6 +340,12 @@ RULES: tuple[Rule, ...] = (
     numbers_are_finite,
     numbers_are_bounded,
 )
+
+RULE_NAMES = {it.__name__ for it in RULES} | {
+    *("files_are_there", "config_is_json", "header_is_sound", "dtype_is_floating"),
+    "engine",
+}
+"""All that an adapter may be refused by: rules, what is read before them, and the engine."""
 
 
 def _key(name: str) -> str:

@@ -1,23 +1,38 @@
 """The backend as an ASGI application: this file only puts the pieces together."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 
 from fastapi import FastAPI
 
-from r3mes_vllm.backend import answers, endpoints, inference, network, pages
+from r3mes_vllm.backend import (
+    adapters,
+    answers,
+    dashboard,
+    endpoints,
+    fallback,
+    inference,
+    network,
+    pages,
+    reach,
+)
 from r3mes_vllm.backend.balancer import Balancer
 from r3mes_vllm.backend.choice import policy
 from r3mes_vllm.backend.dial import Dialler, Timeouts
+from r3mes_vllm.backend.elsewhere import root_of
 from r3mes_vllm.backend.keys import client_keys
+from r3mes_vllm.backend.known import KnownNode
 from r3mes_vllm.backend.metrics import Measured, Metrics
+from r3mes_vllm.backend.origins import allow_origins
+from r3mes_vllm.backend.prover import Prover
+from r3mes_vllm.backend.rates import Rates
 from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.backend.state import Backend, Clock
-from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.keys import Keys
+from r3mes_vllm.request_id import RequestIds, surround
 from r3mes_vllm.settings import Settings
-from r3mes_vllm.wire import Node
+from r3mes_vllm.wire import Told
 
 
 def now() -> datetime:
@@ -33,15 +48,13 @@ def create_app(
 ) -> FastAPI:
     """The application for `settings`. The database is opened at its start-up and closed at its
     end. Raises ConfigError for settings that can't work."""
-    if settings.require_signatures:
-        raise ConfigError(
-            "require_signatures is not available yet", hint="leave --require-signatures out"
-        )
     patience = timeouts or Timeouts()
-    metrics, balancer = Metrics(), Balancer()
+    metrics, balancer = Metrics(), Balancer(required_version=settings.required_node_version)
+    if settings.fallback_url:
+        root_of(settings.fallback_url)
     choose, keys = policy(settings.chat), client_keys(settings)
 
-    def dial_failed(node: Node) -> None:
+    def dial_failed(node: KnownNode) -> None:
         metrics.dial_failures.inc()
         balancer.dial_failed(node)
 
@@ -52,21 +65,34 @@ def create_app(
             allow_private=settings.allow_private_nodes,
             resolve=resolve,
             dial_failed=dial_failed,
+            flight=balancer.flight,
         )
         try:
-            async with Registry.open(settings.database_url) as registry:
+            async with (
+                Registry.open(settings.database_url, clock) as registry,
+                fallback.servers(settings, patience) as servers,
+                aclosing(Prover(registry, dialler, clock)) as prover,
+            ):
                 app.state.backend = Backend(
                     registry=registry,
                     balancer=balancer,
                     dialler=dialler,
+                    prover=prover,
                     timeouts=patience,
                     metrics=metrics,
                     policy=choose,
                     client_keys=keys,
                     admin_keys=Keys([settings.admin_key or ""]),
                     allow_private_nodes=settings.allow_private_nodes,
+                    require_signatures=settings.require_signatures,
+                    told=Told(
+                        required_version=settings.required_node_version,
+                        latest_version=settings.latest_node_version,
+                    ),
                     resolve=resolve,
                     clock=clock,
+                    servers=servers,
+                    fallback=settings.fallback,
                 )
                 yield
         finally:
@@ -80,7 +106,17 @@ def create_app(
         redirect_slashes=False,
     )
     answers.install(app)
+    app.add_middleware(Rates, settings=settings.rates, keys=keys)
     app.add_middleware(Measured, metrics=metrics)
-    for router in (network.router, inference.router, pages.router):
+    allow_origins(app, settings.cors_origins)
+    surround(app, RequestIds)
+    for router in (
+        adapters.router,
+        network.router,
+        reach.router,
+        inference.router,
+        pages.router,
+    ):
         app.include_router(router)
+    dashboard.install(app)
     return app

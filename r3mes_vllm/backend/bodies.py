@@ -1,13 +1,13 @@
 """Reading a JSON body that may be hostile: bounded, strict, and a 4xx for whatever is wrong."""
 
-import json
-from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from r3mes_vllm import strict_json
 from r3mes_vllm.backend.refusals import BadInput, Malformed, TooLarge
+from r3mes_vllm.strict_json import Json, any_string
 
 API_BODY_LIMIT = 1 << 20
 """Bytes of a registration or a beat: room for some ten thousand adapter names."""
@@ -15,8 +15,10 @@ API_BODY_LIMIT = 1 << 20
 INFERENCE_BODY_LIMIT = 8 << 20
 """Bytes of a `/chat` or `/v1` request."""
 
+WORD_LIMIT = 128
+"""Characters of a name, a version and the like."""
+
 Model = TypeVar("Model", bound=BaseModel)
-Json = dict[str, object]
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -33,24 +35,11 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def parse_object(body: bytes) -> Json:
-    """`body` as a JSON object. Raises Malformed.
-
-    Beyond RFC 8259 it refuses NaN, Infinity and escapes that make a lone surrogate: text that
-    Python holds but that no UTF-8 can carry on.
-    """
+    """`body` as a JSON object. Raises Malformed."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise Malformed(f"the body is not UTF-8: byte {error.start} is wrong") from error
-    except RecursionError as error:
-        raise Malformed("the body is nested too deeply") from error
-    except ValueError as error:  # JSONDecodeError, and integers of more than 4300 digits
-        raise Malformed(f"the body is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Malformed(f"the body must be a JSON object, not {_kind(value)}")
-    if b"\\u" in body and _any_string(value, _is_lone):
-        raise Malformed("the body has text with half of a surrogate pair, which is no Unicode")
-    return value
+        return strict_json.parse_object(body)
+    except ValueError as error:
+        raise Malformed(str(error)) from error
 
 
 def validated(model: type[Model], value: Json) -> Model:
@@ -63,33 +52,22 @@ def validated(model: type[Model], value: Json) -> Model:
         raise BadInput(f"{field}: {first['msg']}", field=field) from error
 
 
-async def registration(request: Request, model: type[Model]) -> Model:
+def parsed(body: bytes, model: type[Model]) -> Model:
     """A `model` from the body of a request to `/api`, whose strings a database must be able to
     hold: PostgreSQL has no NUL."""
-    value = parse_object(await read_body(request, API_BODY_LIMIT))
+    value = parse_object(body)
     for field, part in value.items():
-        if _any_string({field: part}, _has_nul):
+        if any_string({field: part}, _has_nul):
             name = field.replace("\0", "")[:100]
             raise BadInput(f"{name}: contains a NUL character", field=name)
     return validated(model, value)
 
 
-def _any_string(value: object, wrong: Callable[[str], bool]) -> bool:
-    """Whether any key or string in `value`, at any depth, is `wrong`."""
-    waiting = [value]
-    while waiting:
-        match waiting.pop():
-            case str() as text if wrong(text):
-                return True
-            case dict() as fields:
-                waiting += [*fields.keys(), *fields.values()]
-            case list() as items:
-                waiting += items
-    return False
-
-
-def _is_lone(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def at_most(limit: int, **fields: str | None) -> None:
+    """Raise BadInput for the first field that is longer."""
+    for field, value in fields.items():
+        if value is not None and len(value) > limit:
+            raise BadInput(f"{field}: longer than {limit} characters", field=field)
 
 
 def _has_nul(text: str) -> bool:
@@ -98,12 +76,3 @@ def _has_nul(text: str) -> bool:
 
 def _too_large(limit: int) -> NoReturn:
     raise TooLarge(f"the body has more than {limit} bytes")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _kind(value: object) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -1,8 +1,10 @@
-"""The tables, and an engine for SQLite or PostgreSQL.
+"""The tables, and an engine for SQLite or PostgreSQL. A change here needs a step in `migrations`.
 
-Times are UTC. JSON columns hold what a node said about itself.
+Times are UTC. JSON columns hold what a node said about itself. `revision` is what `RevisionRow` was
+when the row was last changed.
 """
 
+import logging
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import platformdirs
 from sqlalchemy import (
     JSON,
+    BigInteger,
     DateTime,
     Dialect,
     Float,
@@ -22,7 +25,7 @@ from sqlalchemy import (
     event,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -33,7 +36,26 @@ _DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "postgres": "postgresql+asyncpg",
 }
+Errors = tuple[type[Exception], ...]
+
 _BUSY_TIMEOUT_MS = 10_000
+_CONNECT_TIMEOUT_S = 5.0
+_COMMAND_TIMEOUT_S = 10.0
+_FROZEN_TIMEOUT_S = 5.0
+"""A backend that is silent for so long within a transaction loses it: others wait for its end."""
+
+
+def _errors() -> Errors:
+    found: Errors = (SQLAlchemyError, OSError)
+    try:
+        import asyncpg
+    except ModuleNotFoundError:
+        return found
+    return (*found, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+
+
+ERRORS = _errors()
+"""What a database that does not answer raises; SQLAlchemy wraps nothing while it connects."""
 
 
 class Instant(TypeDecorator[datetime]):
@@ -66,7 +88,18 @@ class LoraRow(Table):
     category: Mapped[str] = mapped_column(String(128))
     version: Mapped[str] = mapped_column(String(128))
     is_active: Mapped[bool] = mapped_column(default=True)
+    system_prompt: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(Instant)
+    base_model: Mapped[str | None] = mapped_column(Text)
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    rank: Mapped[int | None]
+    public_key: Mapped[str | None] = mapped_column(String(64))
+    """Of the owner, hexadecimal; None if nobody signed when the name was registered."""
+    boot: Mapped[str | None] = mapped_column(String(32))
+    sequence: Mapped[int | None] = mapped_column(BigInteger)
+    """Of the owner's last request that was taken."""
+    deactivated_by: Mapped[str | None] = mapped_column(String(16))
+    revision: Mapped[int] = mapped_column(BigInteger, index=True, server_default="0")
 
 
 class LoraVersionRow(Table):
@@ -96,6 +129,29 @@ class NodeRow(Table):
     current_load: Mapped[float] = mapped_column(Float)
     last_heartbeat: Mapped[datetime] = mapped_column(Instant, index=True)
     created_at: Mapped[datetime] = mapped_column(Instant)
+    public_key: Mapped[str | None] = mapped_column(String(64))
+    """Hexadecimal. Once it is there, it alone changes the row."""
+    boot: Mapped[str | None] = mapped_column(String(32))
+    sequence: Mapped[int | None] = mapped_column(BigInteger)
+    """Of the last request that was taken."""
+    access_key: Mapped[str | None] = mapped_column(Text)
+    proof_url: Mapped[str | None] = mapped_column(Text)
+    """The URL that was asked last for a proof that the key answers there."""
+    proof_failure: Mapped[str | None] = mapped_column(Text)
+    """None if it gave one."""
+    proof_at: Mapped[datetime | None] = mapped_column(Instant)
+    revision: Mapped[int] = mapped_column(BigInteger, index=True, server_default="0")
+
+
+class RevisionRow(Table):
+    """The one row counts the transactions that changed another table. Each begins by counting
+    itself, and so waits for the end of the one before: who has read everything up to a number
+    misses nothing below it."""
+
+    __tablename__ = "registry_revision"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    value: Mapped[int] = mapped_column(BigInteger)
 
 
 def database_url(given: str | None) -> URL:
@@ -123,7 +179,8 @@ def database_url(given: str | None) -> URL:
 def open_engine(url: URL) -> AsyncEngine:
     """An engine for `url`; nothing is connected yet. Raises ConfigError without its driver or,
     for SQLite, without a folder to write to."""
-    if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+    in_memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
+    if url.get_backend_name() == "sqlite" and not in_memory:
         # aiosqlite's thread prints a traceback of its own when it can't open the file.
         folder = Path(str(url.database)).absolute().parent
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -132,14 +189,32 @@ def open_engine(url: URL) -> AsyncEngine:
                 hint="make it, or pass another --database-url",
             )
     try:
-        engine = create_async_engine(url, pool_pre_ping=True)
+        # Nodes' access keys are among the parameters, which would come into logs and errors.
+        engine = create_async_engine(
+            url,
+            pool_pre_ping=True,
+            hide_parameters=True,
+            connect_args=_postgresql_arguments() if url.get_backend_name() == "postgresql" else {},
+            # The only connection of a database in memory has nothing to wait for.
+            **({} if in_memory else {"pool_timeout": _COMMAND_TIMEOUT_S}),
+        )
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the driver {error.name} is not installed", hint=f"pip install {error.name}"
         ) from error
     if engine.dialect.name == "sqlite":
+        logging.getLogger("aiosqlite").setLevel(logging.INFO)  # below, it logs the parameters too
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     return engine
+
+
+def _postgresql_arguments() -> dict[str, Any]:
+    frozen_ms = str(int(_FROZEN_TIMEOUT_S * 1000))
+    return {
+        "timeout": _CONNECT_TIMEOUT_S,
+        "command_timeout": _COMMAND_TIMEOUT_S,
+        "server_settings": {"idle_in_transaction_session_timeout": frozen_ms},
+    }
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -3,19 +3,24 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import httpx
 
-from r3mes_vllm.backend.endpoints import Resolve, public_address
-from r3mes_vllm.backend.headers import RawHeaders
+from r3mes_vllm.backend.endpoints import Resolve, host_of, public_address
+from r3mes_vllm.backend.flights import Flight
+from r3mes_vllm.backend.headers import RawHeaders, bearer
+from r3mes_vllm.backend.known import KnownNode
 from r3mes_vllm.backend.refusals import BadInput, NodeFailed, NodeTimedOut, Unavailable
-from r3mes_vllm.wire import Node
+from r3mes_vllm.backend.sockets import Transport
 
 log = logging.getLogger(__name__)
 
-# "Not now" from a node: nothing was generated, so another may try. 508 is a backend's own loop.
-_TRY_ANOTHER = {503, 508}
+TRY_ANOTHER = {401, 403, 404, 429, *range(500, 600)}
+"""What a node says of itself, not of the request: it wants another key, has lost the adapter, has
+too much to do; from 500 up it is not well, and 508 is a backend's own loop."""
+_FULL = {429, 503}
 
 
 @dataclass(frozen=True)
@@ -36,24 +41,52 @@ class Outgoing:
     path: str
     headers: RawHeaders
     body: bytes
+    resumes: bool = False
+    """It is to go on with what another node said: that it can't is no failure of its own."""
+
+
+Ask = Callable[[KnownNode], Outgoing | None]
+"""What to ask of a node; None for one to leave out."""
+
+
+Judge = Callable[[KnownNode, httpx.Response], bool]
+"""Whether a response is to be passed on; else another node is tried."""
 
 
 @dataclass(frozen=True)
 class Beginning:
     """A node's status and headers, the first bytes of its body, and the rest to come."""
 
-    node: Node
+    node: KnownNode
     response: httpx.Response
     first: bytes
     rest: AsyncIterator[bytes]
+    flight: Flight
+
+    async def aclose(self) -> None:
+        try:
+            await self.response.aclose()
+        finally:
+            self.flight.__exit__()
 
 
 class _Undialled(Exception):
     """No connection: the node saw nothing of the request."""
 
 
+def http_client(timeouts: Timeouts) -> httpx.AsyncClient:
+    """Follows no redirect, reads no environment. What it waits for a byte is its user's matter."""
+    return httpx.AsyncClient(
+        trust_env=False,
+        follow_redirects=False,
+        timeout=httpx.Timeout(None, connect=timeouts.connect, write=timeouts.between_bytes),
+        # Shorter than any server keeps an idle connection, so that none is reused as it dies.
+        transport=Transport(limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0)),
+    )
+
+
 class Dialler:
-    """The one HTTP client of the backend. Close it with `aclose`."""
+    """The one HTTP client for nodes. Close it with `aclose`."""
 
     def __init__(
         self,
@@ -61,35 +94,40 @@ class Dialler:
         *,
         allow_private: bool,
         resolve: Resolve,
-        dial_failed: Callable[[Node], None],
+        dial_failed: Callable[[KnownNode], None],
+        flight: Callable[[KnownNode], Flight],
     ) -> None:
         self._timeouts = timeouts
         self._allow_private = allow_private
         self._resolve = resolve
         self._dial_failed = dial_failed
-        self._client = httpx.AsyncClient(
-            trust_env=False,
-            follow_redirects=False,
-            timeout=httpx.Timeout(None, connect=timeouts.connect, write=timeouts.between_bytes),
-            # Shorter than any server keeps an idle connection, so that none is reused as it dies.
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
-        )
+        self._flight = flight
+        self._client = http_client(timeouts)
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def begin(self, nodes: Sequence[Node], outgoing: Outgoing) -> Beginning:
-        """The first answer that one of `nodes`, tried in order, begins.
+    async def begin(
+        self,
+        nodes: Sequence[KnownNode],
+        outgoing: Ask,
+        *,
+        is_an_answer: Judge | None = None,
+    ) -> Beginning:
+        """The first answer that one of `nodes`, tried in order, begins; `outgoing` says what to ask
+        of each. Without a judge of answers, all that the last one says is one.
 
         Raises Unavailable if none can be dialled, NodeFailed if the last one tried broke before
-        its first byte, NodeTimedOut. The caller closes `Beginning.response`.
+        its first byte, NodeTimedOut. The caller closes the Beginning.
         """
         failure: Exception | None = None
         try:
             async with asyncio.timeout(self._timeouts.first_byte):
                 for position, node in enumerate(nodes):
                     try:
-                        return await self._ask(node, outgoing, last=position == len(nodes) - 1)
+                        if (asked := outgoing(node)) is not None:
+                            last = position == len(nodes) - 1
+                            return await self._fly(node, asked, is_an_answer, last=last)
                     except _Undialled as error:
                         log.warning("node %s can't be dialled: %s", node.wallet_address, error)
                         self._dial_failed(node)
@@ -104,35 +142,110 @@ class Dialler:
             raise NodeFailed("the node broke off before it answered") from failure
         raise Unavailable("no node could be reached", hint="try again shortly") from failure
 
-    async def _ask(self, node: Node, outgoing: Outgoing, *, last: bool) -> Beginning:
-        request = await self._request(node, outgoing)
+    async def exchange(
+        self, endpoint_url: str, outgoing: Outgoing, *, limit: int, timeout_s: float
+    ) -> bytes:
+        """The body of a whole answer 200, at most `limit` bytes, from a node that may not be one.
+
+        Raises NodeFailed with the reason, which quotes nothing that came.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                request = await self._request(endpoint_url, outgoing)
+                response = await self._client.send(request, stream=True)
+                try:
+                    return await _whole(response, limit)
+                finally:
+                    await response.aclose()
+        except TimeoutError as error:
+            raise NodeFailed(f"no answer within {timeout_s:g} s") from error
+        except (_Undialled, httpx.TransportError) as error:
+            raise NodeFailed("no answer") from error
+
+    async def _fly(
+        self, node: KnownNode, outgoing: Outgoing, is_an_answer: Judge | None, *, last: bool
+    ) -> Beginning:
+        """As `_ask`, told to the balancer."""
+        with ExitStack() as until_failed:
+            flight = until_failed.enter_context(self._flight(node))
+            try:
+                found = await self._ask(node, outgoing, flight, is_an_answer, last=last)
+            except httpx.TransportError:
+                if not outgoing.resumes:
+                    flight.broke()
+                raise
+            until_failed.pop_all()
+            return found
+
+    async def _ask(
+        self,
+        node: KnownNode,
+        outgoing: Outgoing,
+        flight: Flight,
+        is_an_answer: Judge | None,
+        *,
+        last: bool,
+    ) -> Beginning:
+        request = await self._request(node.endpoint_url, outgoing, access_key=node.access_key)
         try:
             response = await self._client.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _Undialled(str(error) or type(error).__name__) from error
+        status = response.status_code
+        is_sound = 200 <= status < 300 or 400 <= status < 500
         try:
-            if 300 <= response.status_code < 400:
-                raise NodeFailed(f"it answered with a redirect ({response.status_code})")
-            if response.status_code in _TRY_ANOTHER and not last:
-                raise NodeFailed(f"it answered {response.status_code}")
+            if status in _FULL:
+                flight.refused(_retry_after(response))
+            elif not is_sound and not outgoing.resumes:
+                flight.broke()
+            if 300 <= status < 400:
+                raise NodeFailed(f"it answered with a redirect ({status})")
+            if not 200 <= status < 600:
+                raise NodeFailed(f"it answered with status {status}")
+            if is_an_answer and not is_an_answer(node, response):
+                raise NodeFailed(f"it answered {status}, which is no answer here")
+            if status in TRY_ANOTHER and not last:
+                raise NodeFailed(f"it answered {status}")
             rest = response.aiter_raw()
-            return Beginning(node, response, await anext(rest, b""), rest)
+            first = await anext(rest, b"")
+            flight.began(f"{outgoing.path} {response.headers.get('content-type')}")
+            return Beginning(node, response, first, rest, flight)
         except BaseException:
             await response.aclose()
             raise
 
-    async def _request(self, node: Node, outgoing: Outgoing) -> httpx.Request:
-        """Built without the client's defaults: no cookie of another user, no header added."""
-        url = httpx.URL(node.endpoint_url.rstrip("/") + outgoing.path)
-        headers, extensions = outgoing.headers, {}
+    async def _request(
+        self, endpoint_url: str, outgoing: Outgoing, *, access_key: str | None = None
+    ) -> httpx.Request:
+        """Built without the client's defaults: no cookie of another user, no header added but the
+        node's own `access_key`."""
+        url = httpx.URL(endpoint_url.rstrip("/") + outgoing.path)
+        headers, extensions = [*outgoing.headers, *bearer(access_key)], {}
         if not self._allow_private:
             try:
                 address = await public_address(url, self._resolve)
             except BadInput as error:
                 raise _Undialled(error.message) from error
             headers = [(b"host", url.netloc), *headers]
-            extensions = {"sni_hostname": url.host}  # TLS is still checked against the name
+            extensions = {"sni_hostname": host_of(url)}  # TLS is still checked against the name
             url = url.copy_with(host=address)
         return httpx.Request(
             "POST", url, headers=headers, content=outgoing.body, extensions=extensions
         )
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds."""
+    said = response.headers.get("retry-after", "")
+    return float(said[:6]) if said.isdecimal() else 1.0
+
+
+async def _whole(response: httpx.Response, limit: int) -> bytes:
+    if response.status_code != 200:
+        raise NodeFailed(f"the answer was {response.status_code}")
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > limit:
+            raise NodeFailed(f"the answer is over {limit} bytes")
+    return bytes(body)

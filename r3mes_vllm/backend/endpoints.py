@@ -23,6 +23,13 @@ _LENGTH_LIMIT = 2048
 _RESOLVE_TIMEOUT_S = 5.0
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _SCHEMES = ("http", "https")
+_LOW_PORTS = (80, 443)
+_OTHERS_PORTS = {
+    *(1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566),
+    *(6665, 6666, 6667, 6668, 6669, 6679, 6697, 10080),
+}
+"""Of protocols in which a request in HTTP may do something; from 1024 up those of
+https://fetch.spec.whatwg.org/#port-blocking."""
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -36,27 +43,40 @@ async def resolve(host: str, port: int) -> list[str]:
 
 async def check_endpoint(url: str, *, allow_private: bool, resolve: Resolve = resolve) -> str:
     """`url` as it is stored: normal form, no trailing slash. Raises BadInput."""
-    parsed = _parse(url)
     if not allow_private:
+        parsed = _parse(url)
+        _check_port(parsed)
         await public_address(parsed, resolve)
-    return str(parsed).rstrip("/")
+    return normal_form(url)
+
+
+def normal_form(url: str) -> str:
+    """One spelling of `url`. Raises BadInput for what is no URL of a node."""
+    return str(_parse(url)).rstrip("/")
+
+
+def host_of(url: httpx.URL) -> str:
+    """As it stands in the URL: ASCII, where `url.host` is what it may be shown as. Resolvers and
+    TLS would turn that into ASCII by an older rule, which may give another host."""
+    return url.raw_host.decode("ascii")
 
 
 async def public_address(url: httpx.URL, resolve: Resolve = resolve) -> str:
     """An address of `url`'s host. Raises BadInput if it has none or one that is not public."""
+    host = host_of(url)
     try:
-        addresses = await resolve(url.host, url.port or _default_port(url))
+        addresses = await resolve(host, url.port or _default_port(url))
     except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-        raise BadInput(f"{_FIELD}: {url.host} does not resolve: {error}", field=_FIELD) from error
+        raise BadInput(f"{_FIELD}: {host} does not resolve: {error}", field=_FIELD) from error
     for address in addresses:
         if not is_public(address):
             raise BadInput(
-                f"{_FIELD}: {url.host} is {address}, a private address",
+                f"{_FIELD}: {host} is {address}, a private address",
                 field=_FIELD,
                 hint="pass --allow-private-nodes to the backend if its nodes live there",
             )
     if not addresses:
-        raise BadInput(f"{_FIELD}: {url.host} does not resolve", field=_FIELD)
+        raise BadInput(f"{_FIELD}: {host} does not resolve", field=_FIELD)
     return addresses[0]
 
 
@@ -84,13 +104,23 @@ def _parse(url: str) -> httpx.URL:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise BadInput(f"{_FIELD}: {shown} is no URL: {error}", field=_FIELD) from error
-    if parsed.scheme not in _SCHEMES or not parsed.host:
+    if parsed.scheme not in _SCHEMES or not parsed.raw_host:
         raise BadInput(f"{_FIELD}: {shown} must begin with http:// or https://", field=_FIELD)
     if parsed.userinfo or "@" in parsed.netloc.decode("latin-1") or "@" in url.split("/")[2]:
         raise BadInput(f"{_FIELD}: holds a user name or password", field=_FIELD)
     if parsed.port is not None and not 1 <= parsed.port <= 65535:
         raise BadInput(f"{_FIELD}: port {parsed.port} is not 1 to 65535", field=_FIELD)
     return parsed
+
+
+def _check_port(url: httpx.URL) -> None:
+    port = url.port or _default_port(url)
+    if port in _OTHERS_PORTS or (port < 1024 and port not in _LOW_PORTS):
+        raise BadInput(
+            f"{_FIELD}: port {port} is another protocol's",
+            field=_FIELD,
+            hint="80, 443, 8000, 8080 and 8443 work everywhere",
+        )
 
 
 def _default_port(url: httpx.URL) -> int:

@@ -1,16 +1,25 @@
 """`/chat` and `/v1`: find who can answer, and pass the request on."""
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import APIRouter, Request
+from starlette.types import Scope
 
 from r3mes_vllm import wire
 from r3mes_vllm.backend.bodies import INFERENCE_BODY_LIMIT, parse_object, read_body, validated
 from r3mes_vllm.backend.choice import question
+from r3mes_vllm.backend.conversations import conversation
+from r3mes_vllm.backend.course import EVENTS, Course
 from r3mes_vllm.backend.dial import Outgoing
-from r3mes_vllm.backend.headers import request_id, to_node
+from r3mes_vllm.backend.elsewhere import Asked
+from r3mes_vllm.backend.fallback import loading, sources
+from r3mes_vllm.backend.headers import to_node
 from r3mes_vllm.backend.keys import demand
+from r3mes_vllm.backend.known import KnownNode
 from r3mes_vllm.backend.proxy import Relay
 from r3mes_vllm.backend.refusals import BadInput
 from r3mes_vllm.backend.routing import (
+    Servable,
     any_nodes,
     base_models,
     holders,
@@ -18,9 +27,20 @@ from r3mes_vllm.backend.routing import (
     served,
 )
 from r3mes_vllm.backend.state import Backend, backend_of
-from r3mes_vllm.errors import UnknownAdapter
+from r3mes_vllm.errors import AdapterNotReady, R3mesError, UnknownAdapter
 
 router = APIRouter()
+
+Find = Callable[[str | None], Awaitable[list[KnownNode]]]
+"""From a name to the nodes to try. Raises UnknownAdapter, AdapterNotReady."""
+
+ASKED = "r3mes.asked"
+"""In a request's scope: the name that is asked for, of an adapter or a base model."""
+
+
+def asks_a_model(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return scope["method"] == "POST" and (path == "/chat" or path.startswith("/v1/"))
 
 
 @router.post("/chat")
@@ -28,16 +48,33 @@ async def chat(request: Request) -> Relay:
     backend = backend_of(request)
     demand(backend.client_keys, request)
     body = await read_body(request, INFERENCE_BODY_LIMIT)
-    ask = validated(wire.ChatRequest, parse_object(body))
+    ask = validated(wire.ChatRequest, fields := parse_object(body))
     if not (ask.message or ask.messages):
         raise BadInput("message: is missing or empty", field="message")
     adapter = ask.adapter or request.headers.get("x-adapter") or None
     if adapter is None:
-        names = [adapter.name for adapter in await served(backend)]
+        names = await Servable.now(backend)
         adapter = backend.policy(question(ask), names)
         adapter = adapter if adapter in names else None
-    nodes = await (any_nodes(backend) if adapter is None else holders(backend, adapter))
-    return _relay(request, backend, nodes, body, adapter)
+
+    async def find(named: str | None) -> list[KnownNode]:
+        if named is None:
+            return await any_nodes(backend, conversation=word)
+        return await holders(backend, named, conversation=word)
+
+    word = conversation(adapter or "", fields)
+    lora = await backend.registry.lora(adapter.partition("@")[0]) if adapter else None
+    headers = to_node(request, name=backend.name, adapter=adapter)
+    asked = Asked(
+        name=adapter,
+        path="/chat",
+        headers=headers,
+        fields=fields,
+        chat=ask,
+        events=EVENTS in request.headers.get("accept", ""),
+        system_prompt=lora.system_prompt if lora else None,
+    )
+    return await _relay(request, backend, find, body, asked)
 
 
 @router.post("/v1/chat/completions")
@@ -48,10 +85,18 @@ async def openai(request: Request) -> Relay:
     backend = backend_of(request)
     demand(backend.client_keys, request)
     body = await read_body(request, INFERENCE_BODY_LIMIT)
-    model = parse_object(body).get("model")
+    fields = parse_object(body)
+    model = fields.get("model")
     if not isinstance(model, str) or not model:
         raise BadInput("model: must be a string that names a model", field="model")
-    return _relay(request, backend, await model_nodes(backend, model), body, None)
+
+    async def find(named: str | None) -> list[KnownNode]:
+        return await model_nodes(backend, named or model, conversation=word)
+
+    word = conversation(model, fields)
+    headers = to_node(request, name=backend.name, adapter=None)
+    asked = Asked(name=model, path=request.scope["path"], headers=headers, fields=fields)
+    return await _relay(request, backend, find, body, asked)
 
 
 @router.get("/v1/models")
@@ -72,7 +117,7 @@ async def model(request: Request, model: str) -> dict[str, object]:
 
 
 async def _models(backend: Backend) -> list[dict[str, object]]:
-    bases = base_models(backend.balancer.routable(await backend.live_nodes()))
+    bases = await base_models(backend)
     return [_model(base, 0, None, None) for base in bases] + [
         _model(adapter.name, adapter.created, adapter.base_model, adapter.cid)
         for adapter in await served(backend)
@@ -91,16 +136,43 @@ def _model(name: str, created: int, parent: str | None, cid: str | None) -> dict
     }
 
 
-def _relay(
-    request: Request, backend: Backend, nodes: list[wire.Node], body: bytes, adapter: str | None
+async def _found(find: Find, named: str | None) -> tuple[list[KnownNode], R3mesError | None]:
+    """The nodes to try, and why there are none."""
+    try:
+        return await find(named), None
+    except AdapterNotReady as error:
+        return [], error
+
+
+async def _relay(
+    request: Request,
+    backend: Backend,
+    find: Find,
+    body: bytes,
+    asked: Asked,
 ) -> Relay:
-    this = request_id(request)
-    headers = to_node(request, name=backend.name, adapter=adapter, request_id=this)
+    """`find` gives the nodes to try for a name: the one that was `asked`, and for the rest of an
+    answer the very version that began it."""
+
+    async def rest(course: Course) -> list[KnownNode]:
+        if course.adapter and course.cid:
+            version = f"{course.adapter}@{course.cid}"
+            nodes, _ = await _found(find, version)
+            nodes = [*nodes, *await loading(backend, version)]
+        else:
+            nodes = await find(asked.name)
+        return [it for it in nodes if it.base_model == course.base_model]
+
+    request.scope[ASKED] = asked.name
+    nodes, missing = await _found(find, asked.name)
     return Relay(
         nodes,
-        Outgoing(request.scope["path"], headers, body),
+        Outgoing(request.scope["path"], asked.headers, body),
+        name=asked.name,
+        missing=missing,
+        others=sources(backend, asked),
+        rest=rest,
         dialler=backend.dialler,
         timeouts=backend.timeouts,
         metrics=backend.metrics,
-        request_id=this,
     )

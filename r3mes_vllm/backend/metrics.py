@@ -31,6 +31,23 @@ class Metrics:
         self.broken_streams = Counter(
             "r3mes_backend_broken_streams", "Answers a node broke off", registry=registry
         )
+        self.moved_streams = Counter(
+            "r3mes_backend_moved_streams",
+            "Answers that another node went on with",
+            registry=registry,
+        )
+        self.fallback_answers = Counter(
+            "r3mes_backend_fallback_answers",
+            "Answers begun in place of holders",
+            ["kind"],
+            registry=registry,
+        )
+        self.fallback_failures = Counter(
+            "r3mes_backend_fallback_failures",
+            "Answers that could not be had in place of holders, or broke off",
+            ["kind"],
+            registry=registry,
+        )
         self.dial_failures = Counter(
             "r3mes_backend_dial_failures", "Nodes that could not be dialled", registry=registry
         )

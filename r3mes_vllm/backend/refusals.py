@@ -5,13 +5,20 @@ R3mesError
 │   ├── Malformed       the body is not what its content type promises
 │   └── TooLarge        more bytes than a body may have
 ├── Unauthorized        no key, or a wrong one
+│   └── BadSignature    no signature, or one that is not of this request and now
+├── WrongKey            the wallet or the adapter's name belongs to another key
+├── Replayed            that request, or a later one of the same node, was here before
+├── Deactivated         the admin has taken that adapter out
 ├── UnknownNode         nobody registered that wallet
+├── RateLimited         more requests than a minute allows
 ├── Unavailable         try again after `retry_after` seconds
 │   └── DatabaseDown
 └── NodeFailed          a node was reached and broke before it answered
     ├── NodeTimedOut
     └── RoutingLoop     the request has been through this backend already
 """
+
+from typing import ClassVar
 
 from r3mes_vllm.errors import R3mesError
 
@@ -40,11 +47,41 @@ class TooLarge(BadInput):
 class Unauthorized(R3mesError):
     code = "unauthorized"
     status = 401
+    scheme: ClassVar[str] = "Bearer"
+
+
+class BadSignature(Unauthorized):
+    code = "bad_signature"
+    scheme = "R3MES-Signature"
+
+
+class WrongKey(R3mesError):
+    code = "wrong_key"
+    status = 403
+
+
+class Replayed(R3mesError):
+    code = "replayed"
+    status = 403
+
+
+class Deactivated(R3mesError):
+    code = "deactivated"
+    status = 403
 
 
 class UnknownNode(R3mesError):
     code = "unknown_node"
     status = 404
+
+
+class RateLimited(R3mesError):
+    code = "rate_limit_exceeded"
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Unavailable(R3mesError):

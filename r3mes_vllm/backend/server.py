@@ -1,13 +1,15 @@
 """The backend as a program: a socket, a start-up line, an orderly end."""
 
-import asyncio
 import errno
 import ipaddress
 import socket
 import sys
 
+import httpx
 import uvicorn
+import uvloop
 
+from r3mes_vllm import discretion
 from r3mes_vllm.backend.app import create_app
 from r3mes_vllm.backend.keys import client_keys
 from r3mes_vllm.backend.registry import Registry
@@ -25,11 +27,12 @@ def run(settings: Settings) -> None:
 
     Raises PortTaken or ConfigError before anything is served: no database, bad settings.
     """
-    asyncio.run(serve(settings))
+    uvloop.run(serve(settings))
 
 
 async def serve(settings: Settings) -> None:
     """As `run`, inside a running loop."""
+    discretion.keep()
     app = create_app(settings)
     # Opened once here, so that a database that can't be had is a sentence and not a traceback.
     async with Registry.open(settings.database_url) as registry:
@@ -94,9 +97,20 @@ def warnings(settings: Settings) -> list[str]:
         )
     if beyond and not settings.admin_key and not settings.insecure:
         found.append("anyone may register adapters: set R3MES_ADMIN_KEY")
-    for name in ("fallback_url", "with_local_model"):
-        if getattr(settings, name):
-            found.append(f"{name} is not available yet and does nothing")
+    if settings.rates.tokens or settings.rates.address_tokens:
+        found.append("[rates] tokens: a backend counts requests only; nodes count tokens")
+    return found + _fallback_warnings(settings)
+
+
+def _fallback_warnings(settings: Settings) -> list[str]:
+    url, found = settings.fallback_url, []
+    for name, kind in (("fallback_url", "url"), ("with_local_model", "local")):
+        if getattr(settings, name) and kind not in settings.fallback:
+            found.append(f"{name} does nothing: fallback leaves {kind!r} out")
+    if url is None and (settings.fallback_key or settings.fallback_model):
+        found.append("fallback_key and fallback_model do nothing without fallback_url")
+    if url and url.startswith("http://") and not _is_loopback(httpx.URL(url).host):
+        found.append("fallback_url is not https: chats, and its key, can be read on the way")
     return found
 
 

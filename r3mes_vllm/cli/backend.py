@@ -18,6 +18,27 @@ def backend(
         bool | None,
         typer.Option("--allow-private-nodes", help="Nodes on private and loopback addresses."),
     ] = None,
+    require_signatures: Annotated[
+        bool | None, typer.Option("--require-signatures", help="Only nodes that sign.")
+    ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(
+            help="What answers when no node holds an adapter, in this order. [on-demand,url,local]"
+        ),
+    ] = None,
+    fallback_url: Annotated[
+        str | None,
+        typer.Option(help="An OpenAI-compatible server; its key goes into R3MES_FALLBACK_KEY."),
+    ] = None,
+    fallback_model: Annotated[
+        str | None,
+        typer.Option(help="Of that server. [the one asked for if it has it, else its first]"),
+    ] = None,
+    with_local_model: Annotated[
+        str | None,
+        typer.Option(help="Hub name or directory of a base model to start an engine with here."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
 ) -> None:
     """Run the registry and router.
@@ -30,6 +51,11 @@ def backend(
             "backend_port": port,
             "database_url": database_url,
             "allow_private_nodes": allow_private_nodes,
+            "require_signatures": require_signatures,
+            "fallback": fallback,
+            "fallback_url": fallback_url,
+            "fallback_model": fallback_model,
+            "with_local_model": with_local_model,
         },
         config,
     )

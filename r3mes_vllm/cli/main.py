@@ -9,7 +9,7 @@ import typer
 
 from r3mes_vllm import __version__
 from r3mes_vllm.adapters.files import printable
-from r3mes_vllm.cli import adapter, backend, demo, serve
+from r3mes_vllm.cli import adapter, backend, bench, config, demo, doctor, serve, status, store
 from r3mes_vllm.errors import ConfigError, R3mesError
 
 app = typer.Typer(
@@ -53,11 +53,19 @@ def _plain(command: Callable[P, None]) -> Callable[P, None]:
 app.command("serve", context_settings={"allow_extra_args": True})(_plain(serve.serve))
 app.command("backend")(_plain(backend.backend))
 app.command("demo")(_plain(demo.demo))
+app.command("bench")(_plain(bench.bench))
+app.command("doctor")(_plain(doctor.doctor))
+app.command("status")(_plain(status.status))
 
 _adapters = typer.Typer(name="adapter", help="Publish adapters, and keep those on this machine.")
-for _name, _command in adapter.COMMANDS.items():
+for _name, _command in (adapter.COMMANDS | store.COMMANDS).items():
     _adapters.command(_name)(_plain(_command))
 app.add_typer(_adapters, no_args_is_help=True)
+
+_config = typer.Typer(name="config", help="Look at settings before a program runs with them.")
+for _name, _look in config.COMMANDS.items():
+    _config.command(_name)(_plain(_look))
+app.add_typer(_config, no_args_is_help=True)
 
 
 def _show_version(wanted: bool) -> None:

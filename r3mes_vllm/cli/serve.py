@@ -6,6 +6,17 @@ from typing import Annotated
 import typer
 
 from r3mes_vllm import settings
+from r3mes_vllm.cli.options import (
+    Api,
+    BackendCa,
+    BackendUrl,
+    CacheDir,
+    Config,
+    Gateways,
+    Host,
+    Port,
+    PublicUrl,
+)
 
 
 def serve(
@@ -17,19 +28,18 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="Hub name or directory. [default: SmolLM2-135M-Instruct]")
     ] = None,
-    backend_url: Annotated[str | None, typer.Option(help="Where to register.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [0.0.0.0]")] = None,
-    port: Annotated[int | None, typer.Option(help="[8081]")] = None,
-    public_url: Annotated[
-        str | None, typer.Option(help="Where the network reaches this node.")
+    backend_url: BackendUrl = None,
+    backend_ca: BackendCa = None,
+    host: Host = None,
+    port: Port = None,
+    public_url: PublicUrl = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="To speak HTTPS: the certificate with its chain, in PEM.")
     ] = None,
-    ipfs_api: Annotated[
-        str | None, typer.Option(help="RPC of an IPFS daemon. [http://127.0.0.1:5001]")
-    ] = None,
-    ipfs_gateway: Annotated[
-        list[str] | None, typer.Option(help="Trustless gateway; may be given several times.")
-    ] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Models and adapters.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its key. [in the same file]")] = None,
+    ipfs_api: Api = None,
+    ipfs_gateway: Gateways = None,
+    cache_dir: CacheDir = None,
     cache_size: Annotated[str | None, typer.Option(help="Such as 20G.")] = None,
     max_loras: Annotated[
         int | None, typer.Option(help="Adapter slots on the engine. [from the adapters]")
@@ -51,8 +61,15 @@ def serve(
             help="Load the registry's other adapters when they are asked for. [yes]",
         ),
     ] = None,
+    drain_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that running requests have at the end. [60]")
+    ] = None,
     insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Listen beyond loopback without a key.")
+        bool | None,
+        typer.Option(
+            "--insecure",
+            help="Listen beyond loopback without a key; speak plain HTTP to another machine.",
+        ),
     ] = None,
     open_chat: Annotated[
         bool | None,
@@ -61,7 +78,14 @@ def serve(
     public_metrics: Annotated[
         bool | None, typer.Option("--public-metrics", help="/metrics without a key.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    log_requests: Annotated[
+        bool | None,
+        typer.Option("--log-requests", help="A line for each request: never what was asked."),
+    ] = None,
+    log_json: Annotated[
+        bool | None, typer.Option("--log-json", help="These lines, in JSON.")
+    ] = None,
+    config: Config = None,
 ) -> None:
     """Run a serving node. What follows -- goes to vLLM's own parser.
 
@@ -72,9 +96,12 @@ def serve(
             "loras": loras,
             "model": model,
             "backend_url": backend_url,
+            "backend_ca": backend_ca,
             "serving_node_host": host,
             "serving_node_port": port,
             "serving_node_url": public_url,
+            "ssl_certfile": ssl_certfile,
+            "ssl_keyfile": ssl_keyfile,
             "ipfs_api_url": ipfs_api,
             "ipfs_gateways": ipfs_gateway or None,
             "cache_dir": cache_dir,
@@ -84,9 +111,12 @@ def serve(
             "load_wait": load_wait,
             "allow_cid": allow_cid,
             "on_demand": on_demand,
+            "drain_timeout": drain_timeout,
             "insecure": insecure,
             "open_chat": open_chat,
             "public_metrics": public_metrics,
+            "log_requests": log_requests,
+            "log_json": log_json,
         },
         config,
     )

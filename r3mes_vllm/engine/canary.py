@@ -11,7 +11,7 @@ vLLM's own `/health` says 200 while the engine hangs, and while NaN weights have
 import asyncio
 import math
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from vllm import SamplingParams, envs
@@ -41,9 +41,12 @@ class Canary:
         self.trouble: str | None = "not checked yet"
         self.blamed: set[str] = set()
         """Adapters whose answers had NaN logits, as vLLM knows them."""
+        self.checked: Callable[[str, bool, float], None] = lambda kind, well, seconds: None
+        """Called after each look, a `step` or a `token`, with what was found and the seconds."""
         self.stopping = False
         """Somebody shuts the engine down: that it ends is no trouble."""
         self._engine = engine
+        self._ask = engine.generate  # as it is now: who watches it from now on need not see this
         self._interval = interval_s
         self._timeout = timeout_s
         self._outputs = 0
@@ -61,7 +64,9 @@ class Canary:
 
     async def check(self) -> str | None:
         """The first token, however long its kernels take."""
+        began = _now()
         self.trouble = await self._token(FIRST_TIMEOUT_S)
+        self.checked("token", self.trouble is None, _now() - began)
         return self.trouble
 
     async def run(self) -> str | None:
@@ -92,22 +97,28 @@ class Canary:
     async def _steps(self) -> str:
         while True:
             await asyncio.sleep(self._interval)
+            began = _now()
             try:
-                if not await self._answered(self._engine.is_paused()):
+                while (answered := await self._answered(self._engine.is_paused())) is None:
+                    pass
+                self.checked("step", answered, _now() - began)
+                if not answered:
                     return f"the engine hangs: it ended no step in {self._timeout:g} s"
             except Exception as error:  # noqa: BLE001 - whatever it is, the engine is not well
                 return self._failure(error)
 
-    async def _answered(self, call: Awaitable[Any]) -> bool:
+    async def _answered(self, call: Awaitable[Any]) -> bool | None:
+        """None: it generates; the answer waits behind others' tokens, perhaps in this process."""
         task = asyncio.ensure_future(call)
         try:
             # Twice half of it: when this process was held up, the answer is there the second time.
             for _ in range(2):
+                seen = self._outputs
                 await asyncio.wait({task}, timeout=self._timeout / 2)
                 if task.done():
                     task.result()
                     return True
-            return False
+            return None if self._outputs > seen else False
         finally:
             task.cancel()
 
@@ -121,7 +132,9 @@ class Canary:
                     continue  # it generates, and every logit was looked at
             self._suspicion.clear()
             began = _now()
-            if (found := await self._token(STUCK_S)) is not None:
+            found = await self._token(STUCK_S)
+            self.checked("token", found is None, _now() - began)
+            if found is not None:
                 return found
             if self._suspected is not None and self._suspected <= began:
                 self._suspected = None  # the adapter is broken, the engine is well
@@ -151,7 +164,7 @@ class Canary:
 
     async def _generate(self) -> str | None:
         last = None
-        async for output in self._engine.generate(_PROMPT, _PARAMS, f"canary-{uuid.uuid4()}"):
+        async for output in self._ask(_PROMPT, _PARAMS, f"canary-{uuid.uuid4()}"):
             last = output
         positions = last.outputs[0].logprobs or [] if last else []
         found = [entry.logprob for position in positions for entry in position.values()]
@@ -182,8 +195,8 @@ class Canary:
         processor.process_outputs = watched
 
     def _nan(self, request: Any) -> None:
-        if request is None or self._suspected is not None:
-            return  # it has ended, or what it says may come from the one that is suspected
+        if request is None or self._poisoned or self._suspected is not None:
+            return  # it has ended, or what it says may come from what was seen before
         if request.lora_name is None:
             self._poisoned = True
             return

@@ -9,34 +9,26 @@ large rank.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from r3mes_vllm.engine import cpu_packs
+from r3mes_vllm.engine.cpu_packs import MIXED_PACKS, Layer, Layout, Task
+
 _LONG_RUN = 128
 """Rows from which an adapter has products of its own."""
-
-_ONE_PRODUCT = 1024
-"""Columns up to which one product with a block-diagonal B is used, not one for each slice."""
 
 _WIDE = 256
 """Columns from which an adapter in the batch has products of its own, however few its rows: to lay
 it out beside others each time that they meet would stop a step."""
 
-_MIXED_PACKS = 3
-"""Kept of a layer, beside those of single slots."""
-
-_ROW_COUNTS = 32
-"""For which oneDNN keeps a plan, of each product; vLLM's number."""
-
-_Layout = tuple[tuple[tuple[int, int], ...], ...]
-"""Of each slice, the slots in the order of their columns, and how many each has."""
+_SCRATCH = 1 << 20
+"""Elements up to which what a product gives has its place from the start."""
 
 
 @dataclass
@@ -48,98 +40,24 @@ class _Segment:
     slots: tuple[int, ...]
     mixed: bool
     """Whether a row may belong to less than all of `slots`."""
-    masks: dict[_Layout, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Pack:
-    """The weights of one layer for some slots, side by side; None where they are all zero."""
-
-    versions: tuple[int, ...]
-    layout: _Layout
-    a: "_Product | None"
-    """From inputs to the columns of all slices."""
-    b: tuple[tuple[int, int, int, int, "_Product"], ...]
-    """From column, to column, from output, to output."""
-
-
-class _Product:
-    """`x @ weight.t()`, `weight` laid out by oneDNN as for vLLM's own layers where it can be.
-
-    On a processor without instructions for the type it is in float32, whatever `x` is.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._dtype = _computed_in(weight.dtype)
-        weight = weight.to(self._dtype)
-        self.outputs = weight.shape[0]
-        self._handler = None
-        if ops._supports_onednn:
-            with suppress(RuntimeError):  # not for this type on this processor
-                self._handler = ops.create_onednn_mm(weight.t(), _ROW_COUNTS)
-                self._multiply = torch.ops._C.onednn_mm.default
-        if self._handler is None:
-            self._weight = weight
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self._dtype)
-        if self._handler is None:
-            return torch.nn.functional.linear(x, self._weight)
-        # not ops.onednn_mm: its checks take as long as the product of a few rows
-        product = x.new_empty(x.shape[0], self.outputs)
-        self._multiply(product, x, None, self._handler.handler_tensor)
-        return product
-
-
-class _Layer:
-    def __init__(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
-        """Raises RuntimeError for tensors of inference mode, whose changes would go unnoticed."""
-        self.a, self.b = a, b
-        self._written = (*a, *b)
-        self._versions()
-        self._packs: dict[tuple[int, ...], _Pack] = {}
-
-    def pack(self, slots: tuple[int, ...], offsets: Sequence[int]) -> _Pack:
-        versions = self._versions()
-        pack = self._packs.get(slots)
-        if pack is None or pack.versions != versions:
-            self._packs.pop(slots, None)
-            mixed = [kept for kept in self._packs if len(kept) > 1]
-            if len(slots) > 1 and len(mixed) >= _MIXED_PACKS:
-                del self._packs[mixed[0]]
-            pack = self._packs[slots] = _packed(self.a, self.b, slots, offsets, versions)
-        return pack
-
-    def rewrite(self, slot: int, write: Callable[[], None]) -> None:
-        """Let `write` change what is in `slot`, and nothing else; packs of others stay valid."""
-        before = self._versions()
-        write()
-        after = self._versions()
-        self._packs = {
-            slots: replace(pack, versions=after)
-            for slots, pack in self._packs.items()
-            if slot not in slots and pack.versions == before
-        }
-
-    def forget(self, gone: set[int]) -> None:
-        """Free the packs of these slots."""
-        self._packs = {slots: it for slots, it in self._packs.items() if not gone & set(slots)}
-
-    def _versions(self) -> tuple[int, ...]:
-        """How often vLLM wrote to each of the tensors: an adapter was placed."""
-        return tuple([part._version for part in self._written])
+    masks: dict[Layout, torch.Tensor] = field(default_factory=dict)
 
 
 class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, Layer] = {}
+        self._tasks: dict[int, tuple[int, torch.Size, list[Task]]] = {}
+        """Of the layers, at the last mapping, with what they depend on beside it."""
+        self._blank: dict[int, tuple[int, bool]] = {}
+        """Whether all B of an embedding are zero, at a version of them."""
         self._segments: list[_Segment] = []
         self._sampled: list[int] = []
         """Slots of the rows that logits are computed for."""
         self._together: list[tuple[int, ...]] = []
         """Sets of slots that are packed together, the last used at the end."""
         self._wide: set[int] = set()
+        self._kept: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         self._filled: set[int] = set()
         """Slots with an adapter, at the last step."""
 
@@ -157,6 +75,7 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         if gone := self._filled - filled:
             self.free(gone)
         self._filled = filled
+        self._tasks.clear()
         self._segments = self._segmented(mapping.index_mapping, slot_of)
         self._sampled = sorted({slot_of[id_] for id_ in mapping.prompt_mapping if id_ > 0})
 
@@ -178,23 +97,45 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         """
         if not self._segments:
             return
-        layer = self._layer(lora_a_stacked, lora_b_stacked)
+        if x.dim() != 2:
+            x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        first = lora_a_stacked[0]
+        known = self._tasks.get(id(first))
+        # Each placement writes to all tensors; to look at every one would take longer.
+        if known is None or known[0] != cpu_packs.version(first) or known[1] != x.shape:
+            layer = self._layer(lora_a_stacked, lora_b_stacked)
+            known = cpu_packs.version(first), x.shape, self._planned(layer, len(x), output_slices)
+            self._tasks[id(first)] = known
+        for task in known[2]:
+            task(y, x, scale)
+
+    def _planned(self, layer: Layer, rows: int, output_slices: Sequence[int]) -> list[Task]:
+        tasks = []
         for segment in self._segments:
             pack = layer.pack(segment.slots, output_slices)
             if pack.a is None:
                 continue
-            here = slice(segment.start, segment.end)
-            rows = y.view(-1, y.shape[-1])[here]
-            hidden = pack.a(x.view(-1, x.shape[-1])[here])
-            if segment.mixed:
-                # not a multiplication: 0 * inf of a bad adapter would be NaN
-                hidden.masked_fill_(self._mask(segment, pack.layout), 0)
-            if len(pack.b) == 1:
-                ((_, _, begin, end, b),) = pack.b
-                rows[:, begin:end].add_(b(hidden), alpha=scale)
-                continue
-            for first, last, begin, end, b in pack.b:
-                rows[:, begin:end].add_(b(hidden[:, first:last]), alpha=scale)
+            count = segment.end - segment.start
+            dtype, widest = pack.a.dtype, max(pack.a.outputs, pack.b[0][4].outputs)
+            tasks.append(
+                Task(
+                    None if count == rows else slice(segment.start, segment.end),
+                    count,
+                    pack.a,
+                    self._mask(segment, pack.layout) if segment.mixed else None,
+                    pack.b,
+                    self._scratch(dtype) if count * widest <= _SCRATCH else None,
+                )
+            )
+        return tasks
+
+    def _scratch(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = self._kept.get(dtype)
+        if kept is None:
+            with torch.inference_mode(False):
+                kept = torch.empty(_SCRATCH, dtype=dtype), torch.empty(_SCRATCH, dtype=dtype)
+            self._kept[dtype] = kept
+        return kept
 
     def place(
         self,
@@ -216,13 +157,14 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         """Drop what is laid out of adapters that have left these slots."""
         self._filled -= slots
         self._wide -= slots
+        self._tasks.clear()
         for layer in self._layers.values():
             layer.forget(slots)
 
-    def _layer(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> _Layer:
+    def _layer(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> Layer:
         layer = self._layers.get(id(a[0]))
         if layer is None:
-            layer = self._layers[id(a[0])] = _Layer(a, b)
+            layer = self._layers[id(a[0])] = Layer(a, b)
         return layer
 
     def _segmented(self, ids: Sequence[int], slot_of: dict[int, int]) -> list[_Segment]:
@@ -260,10 +202,10 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         found = next((it for it in fitting if len(it) <= len(slots) + 2), slots)
         if found in self._together:
             self._together.remove(found)
-        self._together = [*self._together[1 - _MIXED_PACKS :], found]
+        self._together = [*self._together[1 - MIXED_PACKS :], found]
         return found
 
-    def _mask(self, segment: _Segment, layout: _Layout) -> torch.Tensor:
+    def _mask(self, segment: _Segment, layout: Layout) -> torch.Tensor:
         """(rows, columns), true where the column is not of the row's adapter."""
         mask = segment.masks.get(layout)
         if mask is None:
@@ -299,11 +241,19 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not self._segments:
+        if not self._segments or self._is_blank(lora_b_stacked):
             return
         base_rows = (self.token_lora_indices < 0).unsqueeze(-1)
         x = x.masked_fill(base_rows, 0)
         super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **kwargs)
+
+    def _is_blank(self, b_stacked: torch.Tensor) -> bool:
+        """Whether no adapter changes the embedding, as most don't."""
+        version, blank = self._blank.get(id(b_stacked), (-1, False))
+        if version != cpu_packs.version(b_stacked):
+            blank = not b_stacked.any()
+            self._blank[id(b_stacked)] = cpu_packs.version(b_stacked), blank
+        return blank
 
     def add_lora_logits(
         self,
@@ -325,56 +275,3 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
                 rows = self.sampler_indices == slot
                 ((_, _, _, _, b),) = pack.b
                 y[rows, : b.outputs] += (b(pack.a(x[rows])) * scale).to(y.dtype)
-
-
-def _packed(
-    a_stacked: tuple[torch.Tensor, ...],
-    b_stacked: tuple[torch.Tensor, ...],
-    slots: tuple[int, ...],
-    output_slices: Sequence[int],
-    versions: tuple[int, ...],
-) -> _Pack:
-    layout, a_parts, b_parts = [], [], []
-    placed = []
-    column = output = 0
-    for a, b, outputs in zip(a_stacked, b_stacked, output_slices, strict=True):
-        ranks = [(slot, rank) for slot in slots if (rank := _rank(b[slot, 0]))]
-        layout.append(tuple(ranks))
-        a_parts += [a[slot, 0, :rank] for slot, rank in ranks]
-        columns = sum(rank for _, rank in ranks)
-        if columns:
-            part = torch.cat([b[slot, 0, :, :rank] for slot, rank in ranks], dim=1)
-            placed.append((column, column + columns, output, output + outputs))
-            b_parts.append(part)
-        column, output = column + columns, output + outputs
-    if not b_parts:
-        return _Pack(versions, tuple(layout), None, ())
-    if len(b_parts) > 1 and column <= _ONE_PRODUCT:
-        begin, end = placed[0][2], placed[-1][3]
-        whole = b_parts[0].new_zeros(end - begin, column)
-        for (first, last, from_, to), part in zip(placed, b_parts, strict=True):
-            whole[from_ - begin : to - begin, first:last] = part
-        placed, b_parts = [(0, column, begin, end)], [whole]
-    return _Pack(
-        versions,
-        tuple(layout),
-        _Product(torch.cat(a_parts)),
-        tuple((*place, _Product(part)) for place, part in zip(placed, b_parts, strict=True)),
-    )
-
-
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    """float32 where the processor would only imitate `dtype`, which takes up to ten times as long
-    as converting and multiplying."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return torch.float32
-    return dtype
-
-
-def _rank(b: torch.Tensor) -> int:
-    """How many of the columns of B (outputs, largest rank) are in use."""
-    # a tenth of the time of b.any(dim=0)
-    used = ((b.amax(dim=0) != 0) | (b.amin(dim=0) != 0)).nonzero()
-    return int(used[-1]) + 1 if len(used) else 0

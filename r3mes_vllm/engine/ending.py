@@ -3,15 +3,17 @@
 import logging
 import os
 import signal
+from asyncio import CancelledError
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import psutil
-from vllm.exceptions import RetryableRequestError
+from vllm.exceptions import RetryableRequestError, VLLMClientError
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from r3mes_vllm.discretion import raised
 from r3mes_vllm.errors import R3mesError
 
 
@@ -55,17 +57,17 @@ def _kill_tree(pid: int | None) -> None:
 
 
 def no_tracebacks() -> None:
-    """Keep what broke a connection on purpose, and what a dead engine did to each of its requests,
-    out of the logs: both have been said in a line of their own."""
+    """Keep what broke a connection on purpose, what a dead engine or the end of the server did to
+    each request, and what a client got wrong, out of the logs: those have been said in a line or to
+    that client."""
     logging.getLogger("uvicorn.error").addFilter(_is_news)
     for handler in logging.getLogger("vllm").handlers:
         handler.addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    while error is not None:
-        if isinstance(error, R3mesError | EngineDeadError | RetryableRequestError):
-            return False
-        error = error.__cause__ or error.__context__
-    return True
+    kinds = raised(record)
+    expected = (R3mesError, EngineDeadError, RetryableRequestError, VLLMClientError)
+    # Of a request that was aborted; in a chain, it is how another one came to its end.
+    cancelled = kinds[:1] == (CancelledError,)
+    return not cancelled and not any(issubclass(it, expected) for it in kinds)

@@ -16,8 +16,12 @@ class Failures:
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[R3mesError, float]] = OrderedDict()
+        self.refused_by_engine = 0
+        """In all."""
 
     def note(self, cid: str, error: R3mesError) -> None:
+        if isinstance(error, AdapterRefused) and error.rule == "engine":
+            self.refused_by_engine += 1
         lasts = _REFUSED_FOR_S if isinstance(error, AdapterRefused) else _FAILED_FOR_S
         self._known[cid] = error, time.monotonic() + lasts
         while len(self._known) > _MOST:

@@ -57,10 +57,11 @@ class Host:
     ) -> None:
         self.changed: Callable[[], None] = lambda: None
         """Called when a name begins or ceases to lead to a version."""
-        self.requests: Counter[str] = Counter()
-        """Since each name is served."""
         self.loads: Counter[str] = Counter(done=0, failed=0)
         """Onto the engine, by outcome."""
+        self.failures = Failures()
+        self.timed: Callable[[str, float], None] = lambda phase, seconds: None
+        """Called with the seconds of each phase of a load."""
         self._engine = engine
         self._models = models
         self._obtain = obtain
@@ -72,7 +73,6 @@ class Host:
         self._names: dict[str, Version] = {}
         self._versions: dict[str, Version] = {}
         self._gone: deque[Version] = deque(maxlen=_MOST_GONE)
-        self._failures = Failures()
         self._loading: dict[Version, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._engine_lock = asyncio.Lock()
@@ -120,10 +120,10 @@ class Host:
         version = self._names.get(plain)
         return version if version and cid in ("", version.cid) else None
 
-    async def add(self, name: str, obtained: Obtained) -> Version:
+    async def add(self, name: str, obtained: Obtained, *, keep: bool = True) -> Version:
         """Serve what is in the store already as `name` and `name@cid`; put it on the engine while
         there is room. Raises AdapterRefused when the engine will not load it, EngineError."""
-        version = self._version(name, str(obtained.cid), keep=True)
+        version = self._version(name, str(obtained.cid), keep=keep)
         if version.obtained is None:
             version.obtained = obtained
             version.became(State.VETTED)
@@ -138,7 +138,7 @@ class Host:
         """Fetch, vet and stage `cid`, then let `name` lead to it; requests that hold the version
         before go on with that. Raises what `hold` raises, but waits as long as it takes."""
         mine = self._puts[name] = object()
-        self._failures.forget(str(cid))
+        self.failures.forget(str(cid))
         self._removed.discard(name)
         version = self._version(name, str(cid), keep=keep)
         version.keep |= keep
@@ -175,7 +175,6 @@ class Host:
         with self._held(version):
             if not version.on_engine:
                 await self._in_time(version)
-            self.requests[name.partition("@")[0]] += 1
             held.set(Held(name, version.request))
             try:
                 yield version
@@ -228,7 +227,7 @@ class Host:
             cid = await self._lookup(plain)
             if asked_cid not in ("", str(cid)):
                 raise UnknownAdapter(f"{plain!r} is {cid} now, not {asked_cid[:100]!r}")
-        self._failures.raise_known(str(cid))
+        self.failures.raise_known(str(cid))
         return self._version(name if name.startswith(_BY_CID) else plain, str(cid), keep=False)
 
     def _version(self, name: str, cid: str, *, keep: bool) -> Version:
@@ -277,7 +276,7 @@ class Host:
             return
         self.loads["failed"] += 1
         if isinstance(error, R3mesError):
-            self._failures.note(version.cid, error)
+            self.failures.note(version.cid, error)
         if not version.names:
             self._forget(version)
 
@@ -289,7 +288,7 @@ class Host:
             if version.on_engine:
                 return
             await self._make_room()
-            await staging.load(self._engine, version.request, LOAD_TIMEOUT_S)
+            await staging.load(self._engine, version.request, LOAD_TIMEOUT_S, self.timed)
             version.on_engine = True
             self.loads["done"] += 1
             version.used_at = time.monotonic()
@@ -350,7 +349,6 @@ class Host:
 
     def _unpoint(self, name: str) -> None:
         self._leave(self._names.pop(name), name)
-        del self.requests[name]
         self.changed()
 
     def _leave(self, version: Version, name: str) -> None:

@@ -1,16 +1,21 @@
 """vLLM's own OpenAI server, started in this process with our parts and the operator's options."""
 
-from collections.abc import Sequence
+import difflib
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from r3mes_vllm.engine.sizes import Sizes
-from r3mes_vllm.errors import EngineError
+from r3mes_vllm.errors import ConfigError, EngineError
 
 
 def arguments(
@@ -42,11 +47,43 @@ def arguments(
     ]
 
 
-def run(command_line: Sequence[str]) -> None:
+def check(model: str, options: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Raises ConfigError for what vLLM's parser would not take: `options`, by their names, that it
+    does not know, or values in `arguments`, which they are part of."""
+    parser = _parser()
+    known = {it.lstrip("-") for it in parser._option_string_actions}
+    for name in options:
+        if (option := name.replace("_", "-")) not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            nearest = f": did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"[vllm] {name}: vLLM has no such option{nearest}")
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"vLLM's parser says: {message}")
+
+    parser.error = refuse
+    parser.parse_args(["--model", model, *arguments])
+
+
+def run(
+    command_line: Sequence[str],
+    socket_for: Callable[[tuple[str, int]], socket.socket | None] = lambda address: None,
+) -> None:
     """Serve until a signal comes; the port is closed and the engine gone on return.
 
-    Raises EngineError with vLLM's own words if it will not start.
+    `socket_for` gives the socket that listens on host and port already, if one does. Raises
+    EngineError with vLLM's own words if it will not start.
     """
+    stock = launcher.create_server_socket
+
+    def create_server_socket(address: tuple[str, int], *, reuse_port: bool) -> socket.socket:
+        # Until the engine has started. vLLM's own are exceptions that it swallows itself, and
+        # asyncio's is heard when the start is over, minutes later perhaps.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
+        return socket_for(address) or stock(address, reuse_port=reuse_port)
+
+    launcher.create_server_socket = create_server_socket
     cli_env_setup()
     args = _parser().parse_args(list(command_line))
     configure_logging_from_args(args)
@@ -58,6 +95,10 @@ def run(command_line: Sequence[str]) -> None:
             f"vLLM did not start: {error}",
             hint="r3mes-vllm --debug serve ... shows its own log; its options come after --",
         ) from error
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _parser() -> FlexibleArgumentParser:

@@ -1,24 +1,63 @@
 """vLLM's `general_plugins` entry point: loaded in every process of vLLM, several times perhaps."""
 
+import logging
+import multiprocessing
 import os
+import signal
+import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 from vllm.config import ParallelConfig, SchedulerConfig
 from vllm.platforms import current_platform
 
+from r3mes_vllm import discretion
+from r3mes_vllm.engine import grammars
+
 CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.CpuPunicaWrapper"
 WORKER_EXTENSION = "r3mes_vllm.engine.staging.StagingExtension"
+
+_WATCH, _WATCH_S = "r3mes-parent", 1.0
 
 _stock_scheduler = SchedulerConfig.get_scheduler_cls
 _stock_parallel = ParallelConfig.__post_init__
 
 
 def register() -> None:
+    discretion.keep()
+    logging.getLogger("vllm.v1.structured_output").addFilter(_is_no_mistake)
     if current_platform.is_cpu():
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: CPU_WRAPPER)
+    grammars.bound()
     SchedulerConfig.get_scheduler_cls = _fair_scheduler
     ParallelConfig.__post_init__ = _with_staging
+    if multiprocessing.parent_process():
+        # Ctrl-C reaches the whole group: vLLM's workers would end under their requests.
+        with suppress(PermissionError):
+            os.setpgid(0, 0)
+        _end_with_parent()
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")  # of every token, for the canary
+
+
+def _end_with_parent() -> None:
+    """One that was killed says nothing, and vLLM's engine would wait for it for ever, with all its
+    memory."""
+    if any(it.name == _WATCH for it in threading.enumerate()):
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name=_WATCH, daemon=True).start()
+
+
+def _is_no_mistake(record: logging.LogRecord) -> bool:
+    """A grammar that can't be compiled is told to the client that sent it."""
+    return not str(record.msg).startswith("Failed to compile grammar")
 
 
 def _fair_scheduler(self: SchedulerConfig) -> type[Any]:

@@ -27,10 +27,15 @@ from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import Request, RequestStatus
 
 from r3mes_vllm.engine.lanes import BASE, Lane, LanedQueue, View, adapter_id, plain_name
-from r3mes_vllm.settings import AdapterSettings, load
+from r3mes_vllm.settings import load
+from r3mes_vllm.tables import AdapterSettings
 
 _RESTED = 20
 """Cycles without a slot after which an adapter gets a turn as if it filled a batch."""
+
+_GRACE = 0.1
+"""Cycles by which a turn is longer if all its requests end within: to put them off for a few tokens
+would cost two more changes of the slot."""
 
 _FULL = 0.9
 """Share of the blocks in use from which who waits for a turn gives back those it holds."""
@@ -56,6 +61,8 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
         self._left: dict[int, float] = {}
         """When an adapter had a slot last, until it is rested."""
         self._last_step = 0.0
+        self._step_s = 0.0
+        """About what a step takes."""
         self._first: set[int] = set()
         """Whose turns the last step was to begin."""
         self._scarce = False
@@ -166,6 +173,7 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
             for adapter in running
         }
         self._shut_out = {it: self._shut_out.get(it, now) for it in claims}
+        self._step_s += (min(now - self._last_step, self._cycle) - self._step_s) / 8
         self._last_step = now
 
     def _rest(self, adapter: int, now: float) -> float:
@@ -200,11 +208,19 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
         over = [
             adapter
             for adapter, turn in self._turns.items()
-            if now - turn.began > min(part * share[adapter], self._cycle)
+            if self._ended(turn, min(part * share[adapter], self._cycle), running[adapter], now)
             # or it would never get anywhere
             and not running[adapter][0].is_prefill_chunk
         ]
         return sorted(over, key=lambda it: self._turns[it].began)
+
+    def _ended(self, turn: _Turn, length: float, requests: list[Request], now: float) -> bool:
+        late = now - turn.began - length
+        grace = _GRACE * self._cycle - late
+        if late <= 0 or grace <= 0:
+            return late > 0
+        tokens: int = max(it.max_tokens - it.num_output_tokens for it in requests)
+        return tokens * self._step_s > grace
 
     def _park(self, requests: list[Request], now: float) -> None:
         """End the turn of `requests`: as preemption does, but they keep their blocks."""

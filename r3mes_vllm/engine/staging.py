@@ -8,7 +8,7 @@ slot a few layers at a time, between steps. No request sees it until it is there
 import asyncio
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
 
@@ -35,7 +35,16 @@ _ATTEMPTS = 3
 READING, PLACING, READY, FAILED = "reading", "placing", "ready", "failed"
 
 
-async def load(engine: EngineClient, request: LoRARequest, limit_s: float) -> None:
+Timed = Callable[[str, float], None]
+"""Called with a phase of a load, `stage` or `place`, and its seconds."""
+
+
+async def load(
+    engine: EngineClient,
+    request: LoRARequest,
+    limit_s: float,
+    timed: Timed = lambda phase, seconds: None,
+) -> None:
     """Have every worker of the engine hold the adapter, in a slot if one is idle.
 
     Raises AdapterRefused when a worker can't load it, EngineError when the engine dies or takes
@@ -44,7 +53,7 @@ async def load(engine: EngineClient, request: LoRARequest, limit_s: float) -> No
     name = request.lora_name
     try:
         async with asyncio.timeout(limit_s):
-            trouble = await (_staged if _stages(engine) else _added)(engine, request)
+            trouble = await (_staged if _stages(engine) else _added)(engine, request, timed)
     except TimeoutError as error:
         raise EngineError(
             f"the engine did not load adapter {name!r} within {limit_s:.0f} s"
@@ -75,14 +84,19 @@ def _stages(engine: EngineClient) -> bool:
     return bool(named) and issubclass(resolve_obj_by_qualname(named), StagingExtension)
 
 
-async def _added(engine: EngineClient, request: LoRARequest) -> str | None:
-    return None if await engine.add_lora(request) else "it says no more"
+async def _added(engine: EngineClient, request: LoRARequest, timed: Timed) -> str | None:
+    began = time.monotonic()
+    trouble = None if await engine.add_lora(request) else "it says no more"
+    timed("stage", time.monotonic() - began)
+    return trouble
 
 
-async def _staged(engine: EngineClient, request: LoRARequest) -> str | None:
+async def _staged(engine: EngineClient, request: LoRARequest, timed: Timed) -> str | None:
     """Why it was not loaded."""
     id_ = request.lora_int_id
     loaded = False
+    began = time.monotonic()
+    read = None
     try:
         await _call(engine, "r3mes_stage", id_, request.lora_name, request.lora_path)
         while True:
@@ -90,8 +104,12 @@ async def _staged(engine: EngineClient, request: LoRARequest) -> str | None:
             states = {state for state, _ in answers}
             if FAILED in states:
                 return next(str(text) for state, text in answers if state == FAILED)
+            if READING not in states and read is None:
+                read = time.monotonic()
+                timed("stage", read - began)
             if states == {READY}:
                 loaded = True
+                timed("place", time.monotonic() - (read or began))
                 return None
             if READING in states:
                 await asyncio.sleep(_POLL_S)

@@ -287,6 +287,7 @@ class Race:
     async def _take(self, source: Source, blocks: Sequence[LentBlock]) -> int:
         """How many of them were of use. Raises BlockMismatch, after those before the lie."""
         checked = await self._in_hash(_check, blocks, source.name)
+        source.standing.gave(sum(len(data) for _, data in checked.sound))
         used = await self._in_tree(self._tree.offer, checked.sound)
         if checked.lie is not None:
             raise checked.lie

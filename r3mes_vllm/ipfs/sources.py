@@ -6,6 +6,7 @@ and https://specs.ipfs.tech/http-gateways/trustless-gateway/
 
 import asyncio
 import json
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,6 +32,8 @@ _LONGEST_BACK_OFF_S = 86_400.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 
+_counting = threading.Lock()
+
 
 @dataclass
 class Standing:
@@ -42,6 +45,8 @@ class Standing:
     until: float = 0.0
     """Not before then, by `time.monotonic`."""
     reason: str = ""
+    bytes: int = 0
+    """Of blocks that it gave, and that were what their CIDs say."""
 
     @property
     def wait_s(self) -> float:
@@ -60,6 +65,11 @@ class Standing:
             self.refusals = min(self.refusals + 1, 32)
         least = min(_FIRST_PAUSE_S * 2 ** (self.refusals - 1), _LONGEST_PAUSE_S)
         self._leave_alone(max(pause, least), "it asked for a pause")
+
+    def gave(self, count: int) -> None:
+        """So many bytes. Called in several threads: each fetch has its own."""
+        with _counting:
+            self.bytes += count
 
     def useful(self) -> None:
         """It gave a block that was wanted."""

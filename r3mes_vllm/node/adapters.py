@@ -29,11 +29,14 @@ async def obtain_all(
     *,
     progress: Callable[[str, Progress], None] | None = None,
 ) -> list[Named]:
-    """The adapters to serve, fetched, vetted and held, in the order they were named.
+    """The adapters to serve, fetched, vetted and held, in the order they were named; none where it
+    is the base model alone.
 
     One that can't be had is a warning: the node serves what it has. Raises UnknownAdapter,
     BadCID or ConfigError for an item that means nothing.
     """
+    if settings.base_only:
+        return []
     catalog = Catalog(settings.state_dir, await _registry(settings))
     wanted = catalog.choose(settings.loras, settings.lora_policy)
 
@@ -69,7 +72,7 @@ async def _registry(settings: Settings) -> list[Lora] | None:
     items = settings.loras
     if items and all("=" in item for item in items):
         return None  # every CID is given
-    async with BackendClient(settings.backend) as client:
+    async with BackendClient.of(settings) as client:
         try:
             return await client.loras()
         except BackendError as error:

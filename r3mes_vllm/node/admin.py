@@ -25,7 +25,7 @@ async def adapters(request: Request) -> Response:
     """Paths stay on this machine."""
     host: Host = request.app.state.r3mes.host
     await host.look_at_slots()
-    return JSONResponse({"adapters": [_view(it) for it in host.versions]})
+    return JSONResponse({"adapters": [view(it) for it in host.versions]})
 
 
 @router.post("/adapters")
@@ -41,7 +41,7 @@ async def put_adapter(request: Request) -> Response:
         return _refusal(BadRequest(f"name: {error}"))
     except R3mesError as error:
         return _refusal(error)
-    return JSONResponse({"success": True, "adapter": _view(version)})
+    return JSONResponse({"success": True, "adapter": view(version)})
 
 
 @router.delete("/adapters/{name}")
@@ -51,7 +51,14 @@ async def remove_adapter(request: Request, name: str) -> Response:
         version = request.app.state.r3mes.host.remove(name)
     except R3mesError as error:
         return _refusal(error)
-    return JSONResponse({"success": True, "adapter": _view(version)})
+    return JSONResponse({"success": True, "adapter": view(version)})
+
+
+@router.post("/drain")
+async def drain(request: Request) -> Response:
+    """As SIGTERM: no new requests, those that run finish, then the node ends. Twice: at once."""
+    request.app.state.drain.begin()
+    return JSONResponse({"success": True, "requests": request.app.state.load.running}, 202)
 
 
 def _read(body: bytes) -> _Put:
@@ -70,7 +77,8 @@ def _refusal(error: R3mesError) -> Response:
     return JSONResponse(error.body(), error.status, error.headers)
 
 
-def _view(it: Version) -> dict[str, object]:
+def view(it: Version) -> dict[str, object]:
+    """As `/adapters` shows it."""
     return {
         "name": it.name,
         "names": sorted(it.names),

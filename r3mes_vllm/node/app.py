@@ -2,9 +2,8 @@
 
 import asyncio
 import os
-import signal
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,26 +11,37 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 from starlette.datastructures import State
 
-from r3mes_vllm import __version__, report, settings
+from r3mes_vllm import __version__, report, settings, state_dir
 from r3mes_vllm.adapters.supply import Supply
-from r3mes_vllm.engine import ending
+from r3mes_vllm.engine import carrying, ending, watching
 from r3mes_vllm.engine.canary import Canary
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.model import shape_of
+from r3mes_vllm.engine.unreadable import refuse_unreadable
 from r3mes_vllm.errors import AdapterRefused, ConfigError, EngineError
-from r3mes_vllm.identity import Identity
-from r3mes_vllm.node import admin, chat, health, restart
+from r3mes_vllm.identity import Identity, access_key, operator_key
+from r3mes_vllm.node import admin, chat, health, identify, journal, restart, status, tls
 from r3mes_vllm.node.adapters import Named, obtain_all
 from r3mes_vllm.node.backend_client import BackendClient
+from r3mes_vllm.node.carrying import Carrying
 from r3mes_vllm.node.choice import policy
+from r3mes_vllm.node.drain import Drain
+from r3mes_vllm.node.early import Early
 from r3mes_vllm.node.endings import Endings
 from r3mes_vllm.node.guard import Guard
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.node.hold import Hold
+from r3mes_vllm.node.journal import Journal
 from r3mes_vllm.node.limits import Limits
-from r3mes_vllm.node.load import InFlight
-from r3mes_vllm.node.metrics import AdapterMetrics
+from r3mes_vllm.node.load import Load
+from r3mes_vllm.node.measures import Measures
+from r3mes_vllm.node.metrics import NodeMetrics
+from r3mes_vllm.node.mistakes import Mistakes
+from r3mes_vllm.node.protocol import bounded
+from r3mes_vllm.node.rates import Rates, charge
 from r3mes_vllm.node.registry import Registry
+from r3mes_vllm.node.signer import Signer
+from r3mes_vllm.request_id import RequestIds, surround
 from r3mes_vllm.settings import Settings
 from r3mes_vllm.wire import RegisterNode
 
@@ -50,7 +60,9 @@ class Node:
         self.host = host
         self.canary = canary
         self.policy = policy(settings.chat)
-        self._wallet = settings.wallet_address or Identity.load(settings.state_dir).wallet_address
+        self.identity = Identity.load(settings.state_dir)
+        self._wallet = settings.wallet_address or self.identity.wallet_address
+        self._access_key = access_key(settings.state_dir)
 
     def describe(self) -> RegisterNode:
         adapters = {name: version.cid for name, version in self.host.adapters.items()}
@@ -61,6 +73,7 @@ class Node:
             adapters=adapters,
             base_model=self.host.base_model,
             version=__version__,
+            access_key=self._access_key,
         )
 
     def failure(self, reason: str) -> restart.Failure:
@@ -73,6 +86,7 @@ class Node:
             reason,
             [f"{name}={cid}" for name, cid in adapters.items() if cid not in blamed],
             sorted(adapters.keys() - self.registry.fixed),
+            sorted(name for name, version in self.host.adapters.items() if not version.keep),
         )
 
 
@@ -84,16 +98,31 @@ class NodeEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         self._settings = settings.load()
+        state_dir.prepare(self._settings.state_dir)
         app.include_router(chat.router)
         app.include_router(health.router)
         app.include_router(admin.router)
+        app.include_router(identify.router)
+        app.include_router(status.router)
+        app.add_middleware(Mistakes)
         app.add_middleware(Endings)
         app.add_middleware(Hold)
-        app.add_middleware(InFlight)
-        app.add_middleware(Limits, settings=self._settings)
-        app.add_middleware(Guard, settings=self._settings)
+        app.add_middleware(Carrying)
+        app.state.load = Load(self._settings.requests_at_once)
+        app.state.drain = Drain(app.state.load, self._settings.drain_timeout)
+        app.add_middleware(Limits, settings=self._settings, load=app.state.load)
+        app.add_middleware(Rates, settings=self._settings.rates)
+        app.add_middleware(
+            Guard,
+            settings=self._settings,
+            backend_key=access_key(self._settings.state_dir),
+            operator_key=operator_key(self._settings.state_dir),
+        )
+        self._measures = Measures()
+        app.state.standing = status.Standing(self._measures)
+        ended = [*journal.ends(self._settings, self._measures), app.state.standing.refused]
+        surround(app, lambda whole: RequestIds(Journal(whole, ended)))
         ending.no_tracebacks()
-        app.state.in_flight = 0
         inner = app.router.lifespan_context
 
         @asynccontextmanager
@@ -112,11 +141,17 @@ class NodeEndpoints:
                 hint="pass --api-server-count 1",
             )
         models = state.openai_serving_models
+        loaded = list(models.lora_requests.values())
+        for it in loaded:
+            await engine_client.remove_lora(it.lora_int_id)
+        modules = {it.lora_name: it.lora_path for it in loaded}
+        self._settings = _with_modules(self._settings, modules)
         supply = Supply.of(
             self._settings,
             base=shape_of(args.model, models.base_model_paths[0].name),
             max_rank=args.max_lora_rank,
         )
+        supply.timed = self._measures.loaded
         named = await obtain_all(self._settings, supply)
         registry = Registry(self._settings, supply, {it.name for it in named if not it.listed})
         host = Host(
@@ -129,49 +164,67 @@ class NodeEndpoints:
             loads=self._settings.loads_waiting,
             allow_cid=self._settings.allow_cid,
         )
+        host.timed = self._measures.loaded
+        self._measures.served = lambda: host.adapters
         for it in named:
-            await _add(host, it)
+            registry.take_system_prompt(it.name, it.adapter.cid)
+            await _add(host, it, keep=it.name not in self._settings.passing)
         ending.refuse_aborted(engine_client)
+        refuse_unreadable(engine_client)
         canary = Canary(
             engine_client,
             interval_s=self._settings.canary_interval,
             timeout_s=self._settings.canary_timeout,
         )
+        canary.checked = self._measures.checked
+        watching.watch(engine_client, [self._measures.observe, journal.observe, charge])
+        carrying.carry(engine_client)
         if (trouble := await canary.check()) is not None:
             raise EngineError(trouble)
         served = ", ".join(f"{name} ({it.cid})" for name, it in host.adapters.items())
         report.done("engine", "started, adapters loaded, canary passed")
         report.say(f"LoRA adapters initialized: {served or 'none'}")
-        REGISTRY.register(AdapterMetrics(host))
+        self._metrics = NodeMetrics(host, supply, self._measures)
+        REGISTRY.register(self._metrics)
         state.r3mes = Node(self._settings, supply, registry, host, canary)
 
     @asynccontextmanager
     async def _in_network(self, app: FastAPI) -> AsyncIterator[None]:
         node: Node = app.state.r3mes
-        async with BackendClient(self._settings.backend) as client:
+        app.state.server.config.http_protocol_class = bounded(
+            self._settings.header_bytes, self._settings.header_timeout
+        )
+        async with BackendClient.of(self._settings, Signer(node.identity)) as client:
             registration = Registration(
                 client,
                 node.describe,
-                lambda: app.state.in_flight,
+                lambda: app.state.load.running,
                 self._settings.heartbeat_interval,
             )
             node.host.changed = registration.adapters_changed
+            self._metrics.registration = app.state.standing.registration = registration
             tasks = [
                 asyncio.create_task(_open(app, self._settings, registration), name="network"),
-                asyncio.create_task(node.registry.follow(node.host), name="registry"),
             ]
-            watching = asyncio.create_task(
-                _watch(app, registration, network=tasks[0]), name="canary"
-            )
-            tasks.append(watching)
+            if not self._settings.base_only:
+                following = node.registry.follow(node.host)
+                tasks.append(asyncio.create_task(following, name="registry"))
+            canary = asyncio.create_task(_watch(app, registration, network=tasks[0]), name="canary")
+            draining = _drain(app, registration, network=tasks[0])
+            tasks += [canary, asyncio.create_task(draining, name="drain")]
+            if (certificate := app.state.server.config.ssl) and self._settings.ssl_certfile:
+                following = tls.follow(certificate, self._settings)
+                tasks.append(asyncio.create_task(following, name="certificate"))
             for task in tasks:
                 task.add_done_callback(_say_why)
+            if Early.current:
+                await asyncio.to_thread(Early.current.end)
             try:
                 yield
             finally:
                 if node.canary.engine_failed:
                     # vLLM saw it first, and ends this server as if all were well.
-                    await asyncio.wait({watching}, timeout=_FAREWELL_S)
+                    await asyncio.wait({canary}, timeout=_FAREWELL_S)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -194,10 +247,21 @@ async def _watch(app: FastAPI, registration: Registration, network: asyncio.Task
     restart.end(app.state.server)
 
 
-async def _add(host: Host, it: Named) -> None:
+async def _drain(app: FastAPI, registration: Registration, network: asyncio.Task[None]) -> None:
+    drain: Drain = app.state.drain
+    await drain.run(app.state.server, registration, network)
+
+
+def _with_modules(settings: Settings, modules: Mapping[str, str]) -> Settings:
+    """What vLLM loaded for its `--lora-modules` is served as the node's own: vetted, by CID."""
+    items = [f"{name}={os.path.abspath(path)}" for name, path in modules.items()]
+    return settings.model_copy(update={"loras": [*settings.loras, *items]})
+
+
+async def _add(host: Host, it: Named, *, keep: bool) -> None:
     """One adapter that the engine will not load is a warning: the node serves the others."""
     try:
-        await host.add(it.name, it.adapter)
+        await host.add(it.name, it.adapter, keep=keep)
     except AdapterRefused as error:
         report.warn(f"adapter {it.name!r} is left out: {error}")
 
@@ -211,21 +275,7 @@ async def _open(app: FastAPI, settings: Settings, registration: Registration) ->
     # vLLM opens the port after this application has started, and signals it nowhere
     while not app.state.server.started:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, _interrupt)
-    report.say(f"Inference server listening on {_address(settings)}")
-    await registration.run()
-
-
-def _interrupt() -> None:
-    """Ctrl-C ends the server as SIGTERM does, in vLLM's own handler, but is remembered."""
-    Interrupted.seen = True
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Interrupted:
-    seen = False
-
-
-def _address(settings: Settings) -> str:
-    host = settings.serving_node_host
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.serving_node_port}"
+    app.state.drain.catch_signals()
+    report.say(f"Inference server listening on {settings.url_of(settings.serving_node_host)}")
+    if not settings.base_only:
+        await registration.run()

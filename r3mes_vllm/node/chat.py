@@ -1,10 +1,8 @@
 """`POST /chat`: the existing network's way to ask, answered by vLLM's chat handler."""
 
 import json
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, nullcontext
-from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
@@ -12,15 +10,17 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from r3mes_vllm.completion import completion_fields
 from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.engine.answer import Piece, answer
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.version import Version
 from r3mes_vllm.errors import BadRequest, EngineError, R3mesError
+from r3mes_vllm.node import journal
 from r3mes_vllm.node.fields import refuse_excess
+from r3mes_vllm.node.hold import named
 from r3mes_vllm.wire import ChatRequest
 
-DEFAULT_MAX_TOKENS = 512
 _SSE = "text/event-stream"
 
 router = APIRouter()
@@ -31,11 +31,10 @@ Form = Callable[[AsyncIterator[Piece], str | None, Version | None], AsyncGenerat
 
 @router.post("/chat")
 async def chat(request: Request) -> Response:
-    request_id = request.headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
     try:
         asked = await _read(request)
     except R3mesError as error:
-        return refusal(error, request_id)
+        return refusal(error)
     form: Form
     if not asked.stream:
         form, media_type = _whole, "application/json"
@@ -45,24 +44,25 @@ async def chat(request: Request) -> Response:
         form, media_type = _text, "text/plain; charset=utf-8"
 
     async def body(headers: MutableHeaders) -> AsyncGenerator[str, None]:
-        host: Host = request.app.state.r3mes.host
-        name = _choose(request, asked)
+        node = request.app.state.r3mes
+        host: Host = node.host
+        name, prompt = _choose(request, asked), None
         async with host.hold(name) if name else nullcontext() as version:
             if name and version:
-                headers["X-R3MES-Adapter"] = name.partition("@")[0]
-                headers["X-R3MES-CID"] = version.cid
-            fields = _completion_fields(asked, name or host.base_model)
+                headers.update(named(name, version.cid))
+                prompt = node.registry.system_prompt(name.partition("@")[0], version.cid)
+            journal.note(name, version.cid if version else None)
+            fields = completion_fields(asked, name or host.base_model, prompt)
             pieces = answer(request.app.state.openai_serving_chat, fields, request)
             async with aclosing(form(pieces, name, version)) as parts:
                 async for part in parts:
                     yield part
 
-    return HeldAnswer(body, request_id, media_type)
+    return HeldAnswer(body, media_type)
 
 
-def refusal(error: R3mesError, request_id: str) -> Response:
-    headers = {"X-Request-Id": request_id, **error.headers}
-    return JSONResponse(error.body(), error.status, headers)
+def refusal(error: R3mesError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)
 
 
 class HeldAnswer(Response):
@@ -74,16 +74,12 @@ class HeldAnswer(Response):
     """
 
     def __init__(
-        self,
-        body: Callable[[MutableHeaders], AsyncGenerator[str, None]],
-        request_id: str,
-        media_type: str,
+        self, body: Callable[[MutableHeaders], AsyncGenerator[str, None]], media_type: str
     ) -> None:
         """`body` may add headers before its first part."""
-        super().__init__(headers={"X-Request-Id": request_id}, media_type=media_type)
+        super().__init__(media_type=media_type)
         del self.headers["content-length"]
         self._body = body
-        self._request_id = request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._send(scope, receive, send))
@@ -110,7 +106,7 @@ class HeldAnswer(Response):
         except R3mesError as error:
             if started:
                 raise
-            await refusal(error, self._request_id)(scope, receive, send)
+            await refusal(error)(scope, receive, send)
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -179,22 +175,6 @@ def _choose(request: Request, asked: ChatRequest) -> str | None:
     if name is None:
         name = node.policy(asked.message or _last_text(asked), list(node.host.adapters))
     return None if node.host.is_base(name) else name
-
-
-def _completion_fields(asked: ChatRequest, model: str) -> dict[str, Any]:
-    messages = list(asked.messages)
-    if asked.message:
-        messages.append({"role": "user", "content": asked.message})
-    fields = {
-        "model": model,
-        "messages": messages,
-        "max_tokens": DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens,
-        "temperature": asked.temperature,
-        "top_p": asked.top_p,
-        "seed": asked.seed,
-        "stop": asked.stop,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _last_text(asked: ChatRequest) -> str:

@@ -5,7 +5,7 @@ from typing import cast
 
 from r3mes_vllm import choice
 from r3mes_vllm.choice import Policy
-from r3mes_vllm.settings import ChatSettings
+from r3mes_vllm.tables import ChatSettings
 
 GENERAL = "general"
 

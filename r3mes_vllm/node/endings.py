@@ -12,7 +12,10 @@ from r3mes_vllm.errors import EngineError
 from r3mes_vllm.node.load import INFERENCE
 
 # What a model says stands in JSON strings, where a quotation mark has a backslash before it.
-_ERROR = b'data: {"error"'
+ERROR = b'data: {"error"'
+"""What vLLM's event of an error begins with."""
+ERRORS = (b"event: error", ERROR)
+"""And what our own does."""
 _DONE = b"data: [DONE]"
 _EVENT = (
     b'event: error\ndata: {"error": {"message": "the answer failed after it had begun", '
@@ -37,7 +40,7 @@ class Endings:
             if message["type"] == "http.response.start":
                 kind = Headers(raw=message["headers"]).get("content-type", "")
                 events = message["status"] == 200 and kind.startswith("text/event-stream")
-            elif events and _ERROR in (body := message.get("body", b"")):
+            elif events and ERROR in (body := message.get("body", b"")):
                 told = True
                 await send(_more(body.partition(_DONE)[0]))
                 raise EngineError("the answer failed after it had begun")

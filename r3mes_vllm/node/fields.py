@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from r3mes_vllm.errors import BadRequest
-from r3mes_vllm.settings import RequestLimits
+from r3mes_vllm.tables import RequestLimits
 
 _SCHEMAS = (
     "response_format",

@@ -6,7 +6,9 @@ vLLM's `--api-key` guards some prefixes and leaves `/invocations`, `POST /adapte
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
+from hashlib import sha256
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -17,7 +19,18 @@ from r3mes_vllm.keys import Keys, presented
 from r3mes_vllm.node.refusals import refusal
 from r3mes_vllm.settings import Settings
 
+CALLER = "r3mes.caller"
+"""Where the guard leaves a `Caller` in a request's scope."""
+
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+@dataclass(frozen=True)
+class Caller:
+    key: str | None
+    """A digest of it; None without one."""
+    trusted: bool = False
+    """The admin, or the backend, which has limits for clients of its own."""
 
 
 class Access(Enum):
@@ -27,12 +40,15 @@ class Access(Enum):
 
 
 _ADAPTER = re.compile(r"^/adapters/[^/]+$")
+_MODEL = re.compile(r"^/v1/models/.+$")  # hub names have a slash
 
 ROUTES: Mapping[tuple[str, str], Access] = {
     ("GET", "/health"): Access.ANYONE,
     ("GET", "/ready"): Access.ANYONE,
+    ("POST", "/identity"): Access.ANYONE,
     ("POST", "/chat"): Access.CLIENT,
     ("GET", "/v1/models"): Access.CLIENT,
+    ("GET", "/v1/models/{name}"): Access.CLIENT,
     ("POST", "/v1/chat/completions"): Access.CLIENT,
     ("POST", "/v1/completions"): Access.CLIENT,
     ("POST", "/v1/responses"): Access.CLIENT,
@@ -40,22 +56,35 @@ ROUTES: Mapping[tuple[str, str], Access] = {
     ("GET", "/adapters"): Access.ADMIN,
     ("POST", "/adapters"): Access.ADMIN,
     ("DELETE", "/adapters/{name}"): Access.ADMIN,
+    ("POST", "/drain"): Access.ADMIN,
     ("GET", "/metrics"): Access.ADMIN,
+    ("GET", "/status"): Access.ADMIN,
 }
 
 
 class Doors:
-    """The keys that were configured. With none at all, every listed route is open."""
+    """The keys that were configured. With none at all, every listed route is open.
 
-    def __init__(self, settings: Settings) -> None:
+    `backend_key` and `operator_key` are those that this node made: for its backend, which opens a
+    client's routes, and for who may read its files.
+    """
+
+    def __init__(self, settings: Settings, backend_key: str = "", operator_key: str = "") -> None:
         self.client = Keys(settings.api_keys, settings.api_keys_file)
+        self._backend = Keys([backend_key])
         self._admin = Keys([settings.admin_key or ""])
+        self._operator = Keys([operator_key])
 
-    def allow(self, access: Access, given: bytes) -> bool:
-        if access is Access.ANYONE or not (self.client.needed or self._admin.needed):
-            return True
-        admin = self._admin.accept(given)
-        return admin or (access is Access.CLIENT and self.client.accept(given))
+    def let_in(self, access: Access, given: bytes) -> Caller | None:
+        """Who asks, by the key that was given; None if it does not open what needs `access`."""
+        admin, operator = self._admin.accept(given), self._operator.accept(given)
+        backend, client = self._backend.accept(given), self.client.accept(given)
+        admin = admin or operator
+        known = admin or backend or client
+        is_open = access is Access.ANYONE or not (self.client.needed or self._admin.needed)
+        if not (is_open or admin or (access is Access.CLIENT and known)):
+            return None
+        return Caller(sha256(given).hexdigest()[:16] if known else None, admin or backend)
 
 
 def refuse_open_door(settings: Settings) -> None:
@@ -69,12 +98,23 @@ def refuse_open_door(settings: Settings) -> None:
     )
 
 
+def asked_of(scope: Scope) -> tuple[str, str, str]:
+    """The method and the route, as they may stand in the table, and the path."""
+    # The existing backend calls an endpoint that has a trailing slash as `//chat`.
+    path = "/" + scope["path"].lstrip("/")
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    route = _MODEL.sub("/v1/models/{name}", _ADAPTER.sub("/adapters/{name}", path))
+    return method, route, path
+
+
 class Guard:
     """ASGI middleware: 404 for what is not listed, 401 without the key it needs."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, backend_key: str = "", operator_key: str = ""
+    ) -> None:
         self._app = app
-        self._doors = Doors(settings)
+        self._doors = Doors(settings, backend_key, operator_key)
         self._routes = dict(ROUTES)
         if settings.open_chat:
             self._routes["POST", "/chat"] = Access.ANYONE
@@ -89,20 +129,19 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        # The existing backend calls an endpoint that has a trailing slash as `//chat`.
-        path = "/" + scope["path"].lstrip("/")
+        method, route, path = asked_of(scope)
         scope = {**scope, "path": path, "raw_path": path.encode()}
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        route = _ADAPTER.sub("/adapters/{name}", path)
         access = self._routes.get((method, route))
         if access is None:
             await self._refuse_route(method, route)(scope, receive, send)
-        elif not self._doors.allow(access, presented(Headers(scope=scope))):
+            return
+        caller = self._doors.let_in(access, presented(Headers(scope=scope)))
+        if caller is None:
             await refusal(
                 path, 401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY"
             )(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self._app({**scope, CALLER: caller}, receive, send)
 
     def _refuse_route(self, method: str, path: str) -> Response:
         allowed = sorted(verb for verb, listed in self._routes if listed == path)

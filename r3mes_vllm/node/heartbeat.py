@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -10,7 +11,8 @@ from r3mes_vllm import __version__
 from r3mes_vllm.errors import BackendError, BackendRefused
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.report import say, warn
-from r3mes_vllm.wire import ACTIVE, OFFLINE, Heartbeat, RegisterNode
+from r3mes_vllm.versions import is_older
+from r3mes_vllm.wire import ACTIVE, DRAINING, OFFLINE, Heartbeat, RegisterNode, Told
 
 _FIRST_RETRY_S = 1.0
 _FAREWELL_S = 3.0
@@ -41,10 +43,25 @@ class Registration:
         """To the backend, perhaps with other adapters than it has now."""
         self._registered_at = -_CALM_S
         self._outdated = asyncio.Event()
+        self.beats: Counter[str] = Counter()
+        """And registrations, by outcome."""
+        self.accepted_at: float | None = None
+        """The last one, by `time.monotonic`."""
+        self.trouble = ""
+        """Why the last try failed; empty if it did not."""
+        self.upgrade = ""
+        """Why another version should be installed; empty if nothing is known of one."""
 
     def adapters_changed(self) -> None:
         """Register again soon: the existing backend learns of a node's adapters in no other way."""
         self._outdated.set()
+
+    async def drain(self) -> None:
+        """Tell the backend to send this node nothing more."""
+        if self._known:
+            with suppress(BackendError, TimeoutError):
+                async with asyncio.timeout(_FAREWELL_S):
+                    await self._beat(DRAINING)
 
     async def goodbye(self) -> None:
         """Tell the backend that this node is gone; an absent backend costs seconds at most."""
@@ -60,21 +77,25 @@ class Registration:
 
     async def run(self) -> None:
         """Register and beat until cancelled."""
-        delay, complaint = _FIRST_RETRY_S, ""
+        delay = _FIRST_RETRY_S
         while True:
             try:
                 await (self._beat() if self._registered else self._register())
-                delay, complaint = self._interval, ""
-                pause = delay
+                self.beats["accepted"] += 1
+                self.accepted_at = time.monotonic()
+                self.trouble = ""
+                pause = delay = self._interval
             except BackendRefused as error:
+                self.beats["refused"] += 1
                 if error.answered == 404 and self._registered:
                     self._registered = False  # it forgot us: register without waiting
                     continue
                 pause = error.retry_after or self._interval
-                complaint = _complain_once(error, complaint)
+                self._complain(error)
             except BackendError as error:
+                self.beats["unreachable"] += 1
                 pause, delay = delay, min(delay * 2, self._interval)
-                complaint = _complain_once(error, complaint)
+                self._complain(error)
             await self._rest(pause * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311
 
     async def _rest(self, seconds: float) -> None:
@@ -92,16 +113,17 @@ class Registration:
         self._outdated.clear()
         node = self._describe()
         self._registered_at = time.monotonic()
-        await self._client.register(node)
+        told = await self._client.register(node)
         self._registered = self._known = True
         say(
             f"Serving node registered with {self._client.url} as {node.endpoint_url} "
             f"(wallet {node.wallet_address})"
         )
+        self._heed(told)
 
     async def _beat(self, status: str = ACTIVE) -> None:
         node = self._describe()
-        await self._client.beat(
+        told = await self._client.beat(
             Heartbeat(
                 wallet_address=node.wallet_address,
                 status=status,
@@ -110,10 +132,23 @@ class Registration:
                 version=__version__,
             )
         )
+        self._heed(told)
 
+    def _heed(self, told: Told) -> None:
+        """What the backend says of versions; each change is said once."""
+        before, self.upgrade = self.upgrade, ""
+        if is_older(__version__, told.required_version):
+            self.upgrade = (
+                f"the backend sends no requests to nodes before version {told.required_version}, "
+                f"and this is {__version__}"
+            )
+        elif is_older(__version__, told.latest_version):
+            self.upgrade = f"version {told.latest_version} is out, and this is {__version__}"
+        if self.upgrade and self.upgrade != before:
+            warn(f"{self.upgrade}; try: git pull && make setup, then start the node again")
 
-def _complain_once(error: BackendError, before: str) -> str:
-    """The first of a row of equal failures is enough for a reader."""
-    if error.message != before:
-        warn(f"not registered: {error}; trying again, serving meanwhile")
-    return error.message
+    def _complain(self, error: BackendError) -> None:
+        """The first of a row of equal failures is enough for a reader."""
+        if error.message != self.trouble:
+            warn(f"not registered: {error}; trying again, serving meanwhile")
+        self.trouble = error.message

@@ -1,17 +1,17 @@
 """Every request under `/v1` is within the limits, and holds its adapter from before vLLM's handler
 until its answer ended."""
 
-import json
 from contextlib import AsyncExitStack
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from r3mes_vllm import strict_json
+from r3mes_vllm.answer_headers import adding
 from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.errors import R3mesError
-from r3mes_vllm.node import bodies
+from r3mes_vllm.node import bodies, journal
 from r3mes_vllm.node.fields import TooMuch, refuse_excess
 from r3mes_vllm.node.refusals import openai_refusal
 
@@ -24,8 +24,8 @@ _ROUTES = (
 
 
 class Hold:
-    """ASGI middleware. A body that is no JSON object with a text as `model` goes through: vLLM
-    says better what is wrong with it, and answers it from the base model at most."""
+    """ASGI middleware. A body that has no text as `model` goes through: vLLM says what is wrong
+    with it, and answers it from the base model at most."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -40,14 +40,18 @@ class Hold:
         if body is None:
             return  # the client is gone
         again = bodies.Replay(body, receive)
-        fields = _fields(body)
         try:
+            fields = strict_json.parse_object(body)
             refuse_excess(fields, node.settings.limits)
         except TooMuch as error:
             await _refusal(error, error.field)(scope, receive, send)
             return
+        except ValueError as error:
+            await openai_refusal(400, "malformed", str(error))(scope, receive, send)
+            return
         name = fields.get("model")
         if not isinstance(name, str) or host.is_base(name):
+            journal.note(None, None)
             await self._app(scope, again, send)
             return
         async with AsyncExitStack() as until_answered:
@@ -55,22 +59,20 @@ class Hold:
                 # a task of its own, which ends when the client goes; what it holds it lets go
                 if not host.is_ready(name) and not await while_connected(receive, host.load(name)):
                     return
-                await until_answered.enter_async_context(host.hold(name))
+                version = await until_answered.enter_async_context(host.hold(name))
+                journal.note(name, version.cid)
             except R3mesError as error:
                 await _refusal(error)(scope, receive, send)
                 return
-            await self._app(scope, again, send)
+            await self._app(scope, again, adding(named(name, version.cid), send))
+
+
+def named(name: str, cid: str) -> dict[str, str]:
+    """The headers that say which adapter answers."""
+    return {"X-R3MES-Adapter": name.partition("@")[0], "X-R3MES-CID": cid}
 
 
 def _refusal(error: R3mesError, field: str = "model") -> Response:
     code = "model_not_found" if error.code == "unknown_adapter" else error.code
     hint = f" ({error.hint})" if error.hint else ""
     return openai_refusal(error.status, code, f"{error}{hint}", field=field, headers=error.headers)
-
-
-def _fields(body: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return fields if isinstance(fields, dict) else {}

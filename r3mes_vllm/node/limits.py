@@ -1,14 +1,14 @@
 """How much a request may send, how long it may take to, and how many are at work at a time."""
 
 import asyncio
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from r3mes_vllm.node import bodies
-from r3mes_vllm.node.load import INFERENCE
+from r3mes_vllm.node.load import INFERENCE, Load
 from r3mes_vllm.node.refusals import refusal
 from r3mes_vllm.settings import Settings
 
@@ -18,28 +18,37 @@ _DRAIN_S = 2.0
 
 class Limits:
     """ASGI middleware: 413 for a body that is too large, 408 for one that takes too long to come,
-    503 when as many requests are at work as may be."""
+    503 when as many requests are at work as may be, or the node is ending."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, load: Load) -> None:
         self._app = app
         self._bytes = settings.body_bytes
         self._seconds = settings.body_timeout
-        self._most = settings.requests_at_once
-        self._running = 0
+        self._load = load
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
         counted = scope["path"].startswith(INFERENCE)
-        if counted and self._running >= self._most:
-            await _busy(scope["path"], self._running)(scope, receive, send)
+        if counted and (refused := self._refused(scope["path"])):
+            await refused(scope, receive, send)
             return
-        self._running += counted
-        try:
+        with self._load.counted() if counted else nullcontext():
             await self._limited(scope, receive, send)
-        finally:
-            self._running -= counted
+
+    def _refused(self, path: str) -> Response | None:
+        load = self._load
+        if load.draining:
+            code, message = "draining", "this node is ending; ask another"
+        elif load.running >= load.most:
+            code, message = "busy", f"{load.running} requests are at work; try again soon"
+        else:
+            return None
+        response = refusal(path, 503, code, message)
+        response.headers["retry-after"] = "1"
+        response.headers["connection"] = "close"  # its body was not read
+        return response
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, path = Headers(scope=scope), scope["path"]
@@ -64,13 +73,6 @@ class Limits:
             return
         response.headers["connection"] = "close"
         await response(scope, receive, send)
-
-
-def _busy(path: str, running: int) -> Response:
-    response = refusal(path, 503, "busy", f"{running} requests are at work; try again soon")
-    response.headers["retry-after"] = "1"
-    response.headers["connection"] = "close"  # its body was not read
-    return response
 
 
 async def _drain(receive: Receive) -> None:

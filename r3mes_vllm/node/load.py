@@ -1,24 +1,35 @@
-"""How many requests are in flight, counted where they pass."""
+"""How many requests to a model are at work, and whether there may be more."""
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 INFERENCE = ("/chat", "/v1/")
 """What the paths of requests to a model begin with."""
 
 
-class InFlight:
-    """ASGI middleware; `app.state.in_flight` is the count of running chat and `/v1` requests."""
+class Load:
+    """Counted from a request's first byte to the last of its answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.running = 0
+        self.draining = False
+        """The node ends when none is left, and takes no new ones."""
+        self._idle = asyncio.Event()
+        self._idle.set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(INFERENCE):
-            await self._app(scope, receive, send)
-            return
-        state = scope["app"].state
-        state.in_flight += 1
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        self.running += 1
+        self._idle.clear()
         try:
-            await self._app(scope, receive, send)
+            yield
         finally:
-            state.in_flight -= 1
+            self.running -= 1
+            if not self.running:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Return when none is at work."""
+        await self._idle.wait()

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from r3mes_vllm.adapters.catalog import Catalog
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.engine.host import Host
+from r3mes_vllm.engine.version import Version
 from r3mes_vllm.errors import BackendError, ConfigError, R3mesError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.node.backend_client import BackendClient
+from r3mes_vllm.node.backend_client import BackendClient, Listing
 from r3mes_vllm.report import say, warn
 from r3mes_vllm.settings import Settings
 
@@ -28,9 +29,28 @@ class Registry:
         self._settings = settings
         self._supply = supply
         self._catalog = Catalog(settings.state_dir, None)
+        self._listing: Listing | None = None
         self._read_at = float("-inf")
         self._lock = asyncio.Lock()
         self._complaints: dict[str, str] = {}
+        self._prompts: dict[tuple[str, str], str] = {}
+        """Of a name in the version with that CID."""
+
+    def system_prompt(self, name: str, cid: str) -> str | None:
+        """What the registry has an answer of this version of the adapter begin with."""
+        return None if name in self.fixed else self._prompts.get((name, cid))
+
+    def take_system_prompt(self, name: str, cid: CID) -> bool:
+        """From now on it is what the registry has; whether it was another one before."""
+        before = self._prompts.pop((name, str(cid)), None)
+        try:
+            now = self._catalog.system_prompt_of(name)
+        except ConfigError as error:
+            now = None
+            self._complain(f"prompt of {name}", f"adapter {name!r} goes without: {error}")
+        if now:
+            self._prompts[name, str(cid)] = now
+        return now != before
 
     async def lookup(self, name: str) -> CID:
         """Raises UnknownAdapter, and IpfsError when a path below a CID can't be followed."""
@@ -46,7 +66,9 @@ class Registry:
                 raise UnknownAdapter(  # the catalog's hints are for who starts the node
                     f"no adapter {name[:200]!r} here or in the registry"
                 ) from error
-        return await self._supply.resolve(place)
+        cid = await self._supply.resolve(place)
+        self.take_system_prompt(name, cid)
+        return cid
 
     async def follow(self, host: Host) -> None:
         """Switch names to the versions that the registry has, until cancelled."""
@@ -60,25 +82,47 @@ class Registry:
         try:
             cid = await self._supply.resolve(self._catalog.place_of(name))
             served = host.find(name)
-            if served is None or served.cid == str(cid):
+            if served is None:
                 return
-            await host.put(name, cid, keep=served.keep)
-            say(f"adapter {name!r} is {cid} now; answers under way finish on {served.cid}")
-            self._catalog.remember({name: cid})
+            prompt_changed = self.take_system_prompt(name, cid)
+            if served.cid != str(cid):
+                await self._put(host, name, cid, served)
+            elif prompt_changed:
+                say(f"adapter {name!r} has another system prompt now")
+                self._catalog.remember({name: cid})
         except UnknownAdapter:
             return  # no longer listed: no reason to stop serving it
         except R3mesError as error:
-            if self._complaints.get(name) != str(error):
-                warn(f"adapter {name!r} stays at its version: {error}")
-            self._complaints[name] = str(error)
+            self._complain(name, f"adapter {name!r} stays at its version: {error}")
+
+    async def _put(self, host: Host, name: str, cid: CID, served: Version) -> None:
+        try:
+            await host.put(name, cid, keep=served.keep)
+        except R3mesError:
+            self._prompts.pop((name, str(cid)), None)
+            raise
+        self._prompts.pop((name, served.cid), None)
+        say(f"adapter {name!r} is {cid} now; answers under way finish on {served.cid}")
+        self._catalog.remember({name: cid})
+
+    def _complain(self, of: str, text: str) -> None:
+        """The first of a row of equal ones is enough for a reader."""
+        if self._complaints.get(of) != text:
+            warn(text)
+        self._complaints[of] = text
 
     async def _read(self, *, no_older_than_s: float) -> None:
         async with self._lock:
             if time.monotonic() - self._read_at < no_older_than_s:
                 return
             try:
-                async with BackendClient(self._settings.backend) as client:
-                    self._catalog = Catalog(self._settings.state_dir, await client.loras())
+                async with BackendClient.of(self._settings) as client:
+                    listing = await client.listing(self._listing)
+                if listing is not self._listing:
+                    self._listing = listing
+                    self._catalog = Catalog(self._settings.state_dir, listing.loras)
             except BackendError:
                 pass  # the heartbeat says so
+            except ConfigError as error:  # the file of certificates can be gone by now
+                self._complain("the backend", f"its registry is not read: {error}")
             self._read_at = time.monotonic()

@@ -27,7 +27,7 @@ MOST = 5
 WITHIN_S = 600.0
 _PAUSE_S = 2.0
 """Before the second start in a row; twice as long before each one after that."""
-_LINGER_S = 3
+LINGER_S = 3
 """For clients that take what was sent to them."""
 _SHUTDOWN_S = 20.0
 """For vLLM's server to end; then this process does without."""
@@ -63,13 +63,14 @@ class Again:
             restarts=[*recent, time.monotonic()],
             restored=failure.adapters,
             followed=failure.followed,
+            passing=failure.passing,
         )
         # It keeps the number of this process, which its supervisor knows.
         os.execve(  # noqa: S606
             self.command[0],
             list(self.command),
             # `environ` leaves an empty list out, and then the one before would be read again.
-            {**self.environment, "R3MES_FOLLOWED": "", **then.environ()},
+            {**self.environment, "R3MES_FOLLOWED": "", "R3MES_PASSING": "", **then.environ()},
         )
 
 
@@ -80,6 +81,8 @@ class Failure:
     """`NAME=CID`, of those to go on with."""
     followed: list[str]
     """Names among them that the registry may lead to another CID."""
+    passing: list[str] = field(default_factory=list)
+    """Names among them that came on demand."""
 
 
 class Restart:
@@ -106,9 +109,9 @@ def begin(failure: Failure) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _end)
 
 
-def end(server: uvicorn.Server) -> None:
-    """Let vLLM's server end by itself."""
-    server.config.timeout_graceful_shutdown = _LINGER_S
+def end(server: uvicorn.Server, linger_s: int = LINGER_S) -> None:
+    """Let vLLM's server end by itself; what runs for `linger_s` seconds more ends as an error."""
+    server.config.timeout_graceful_shutdown = linger_s
     server.should_exit = True
 
 

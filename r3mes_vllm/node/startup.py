@@ -2,24 +2,22 @@
 
 import asyncio
 import os
-import socket
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
-from r3mes_vllm import report
+from r3mes_vllm import report, state_dir
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import LARGEST_RANK
 from r3mes_vllm.engine import environment
 from r3mes_vllm.engine.model import served_name, shape_of
-from r3mes_vllm.errors import AdapterError, EngineError, PortTaken
+from r3mes_vllm.errors import AdapterError, EngineError
 from r3mes_vllm.identity import Identity
-from r3mes_vllm.node import restart
+from r3mes_vllm.node import restart, tls
 from r3mes_vllm.node.adapters import obtain_all
-from r3mes_vllm.node.guard import LOOPBACK, refuse_open_door
+from r3mes_vllm.node.doctor import checks_engine, checks_local
+from r3mes_vllm.node.early import Early
+from r3mes_vllm.node.guard import refuse_open_door
+from r3mes_vllm.node.line import refuse_plain_http, trusted
 from r3mes_vllm.settings import Settings, misspelt
-
-# The existing backend calls no node on another port.
-NETWORK_PORTS = (80, 443, 3000, 5000, 8000, 8080, 8443)
 
 
 def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False) -> bool:
@@ -35,8 +33,23 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     for text in misspelt():
         report.warn(text)
     refuse_open_door(settings)
-    require_free_port(settings.serving_node_host, settings.serving_node_port)
-    _warn_of_uncalled_port(settings)
+    if not settings.insecure:
+        refuse_plain_http(settings.backend)
+    trusted(settings.backend_ca)
+    settings, passed_on = tls.taken_over(settings, passed_on)
+    _warn_of_trouble(settings)
+    certificate = tls.context(settings)
+    state_dir.prepare(settings.state_dir)
+    with state_dir.used_by_a_node(settings.state_dir):
+        early = Early(settings.serving_node_host, settings.serving_node_port, certificate)
+        Early.current = early
+        try:
+            return _serve(settings, passed_on, early, verbose=verbose)
+        finally:
+            early.close()
+
+
+def _serve(settings: Settings, passed_on: Sequence[str], early: Early, *, verbose: bool) -> bool:
     report.begin("identity")
     wallet = settings.wallet_address or Identity.load(settings.state_dir).wallet_address
     report.done("identity", f"wallet {wallet}")
@@ -44,15 +57,20 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     report.begin("base model")
     model = _model(settings)
     environment.prepare(local_model=os.path.isdir(model), verbose=verbose)
+    if settings.vllm:
+        from r3mes_vllm.engine import launch
+
+        launch.check(model, settings.vllm, settings.vllm_arguments)
     name = served_name(model)
     base = shape_of(model, name)
     report.done("base model", name)
 
     report.begin("adapters")
+    early.reason = "adapters are being fetched and verified"
     supply = Supply.of(settings, base=base, max_rank=settings.max_lora_rank or LARGEST_RANK)
     with report.Downloads() as downloads:
         named = asyncio.run(obtain_all(settings, supply, progress=downloads.show))
-    if not named:
+    if not named and not settings.base_only:
         raise AdapterError(
             "none of the adapters can be served",
             hint="name one that can: r3mes-vllm serve --loras NAME=CID",
@@ -61,10 +79,11 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     report.done("adapters", f"{len(named)} verified, {fetched} of them fetched now")
 
     report.begin("engine")
+    early.reason = "the engine is starting"
     # Only now: importing vLLM takes seconds, and it reads the environment that was prepared.
     from r3mes_vllm.engine import launch
     from r3mes_vllm.engine.sizes import Memory, Sizes
-    from r3mes_vllm.node.app import Interrupted
+    from r3mes_vllm.node.drain import Interrupted
 
     sizes = Sizes.of(
         [(it.adapter.facts.rank, it.adapter.facts.size) for it in named],
@@ -86,33 +105,21 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
         host=settings.serving_node_host,
         port=settings.serving_node_port,
         sizes=sizes,
-        passed_on=passed_on,
+        passed_on=[*tls.options(settings), *settings.vllm_arguments, *passed_on],
     )
     report.say(f"engine: {sizes.arithmetic}")
     report.say("engine: starting; this takes half a minute")
     try:
-        launch.run(command_line)
+        launch.run(command_line, early.socket_for)
     except EngineError as error:
         if not settings.restarts:
             raise
-        restart.follow(restart.Failure(error.message, settings.restored, settings.followed))
+        restart.follow(
+            restart.Failure(error.message, settings.restored, settings.followed, settings.passing)
+        )
     if not Interrupted.seen:
         restart.follow()
     return Interrupted.seen
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raise PortTaken now rather than after minutes of starting."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortTaken(
-                f"can't listen on {host}:{port}: {error.strerror}",
-                hint=f"stop what listens there, or pass --port {port + 1}",
-            ) from error
 
 
 def _model(settings: Settings) -> str:
@@ -124,12 +131,10 @@ def _model(settings: Settings) -> str:
     return str(embedded_base_model(settings.cache_dir, say=report.say))
 
 
-def _warn_of_uncalled_port(settings: Settings) -> None:
-    backend, public = urlsplit(settings.backend), urlsplit(settings.public_url)
-    port = public.port or (443 if public.scheme == "https" else 80)
-    if backend.hostname not in LOOPBACK and port not in NETWORK_PORTS:
-        ports = ", ".join(map(str, NETWORK_PORTS))
-        report.warn(
-            f"the R3MES network calls nodes on the ports {ports} only, so nobody will call "
-            f"{settings.public_url}: pass --port 8080, or forward one and set --public-url"
-        )
+def _warn_of_trouble(settings: Settings) -> None:
+    """The part of `r3mes-vllm doctor` that takes milliseconds."""
+    local = (checks_local.directories, checks_local.disk, checks_local.network_port)
+    for check in (*local, checks_engine.gpu, checks_engine.memory):
+        found = check(settings)
+        if found.status in ("warn", "fail"):
+            report.warn(f"{found.message}; try: {found.fix}")

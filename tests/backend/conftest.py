@@ -1,5 +1,6 @@
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,10 +9,14 @@ import pytest
 from starlette.types import ASGIApp
 
 from r3mes_vllm.backend.app import create_app
+from r3mes_vllm.backend.dashboard import view
 from r3mes_vllm.backend.dial import Timeouts
 from r3mes_vllm.backend.endpoints import Resolve, resolve
 from r3mes_vllm.settings import load
-from tests.backend.stand_ins import PATIENCE_S, Clock, Network, serving
+from tests.backend.browsing import Pair, Speaker
+from tests.backend.stand_ins import LEGAL_CID, PATIENCE_S, Clock, Network, StandIn, serving
+from tests.peers.chromium import Page, opened
+from tests.peers.postgres import Postgres
 
 
 class StartBackend(Protocol):
@@ -24,6 +29,7 @@ class StartBackend(Protocol):
     ) -> Network: ...
 
 
+MakeDatabase = Callable[[], str]
 StartNode = Callable[[ASGIApp], Awaitable[str]]
 
 
@@ -41,23 +47,56 @@ async def open_until_end() -> AsyncIterator[AsyncExitStack]:
         yield stack
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The tests of a module that says `ON_BOTH` run on each kind of database."""
+    if "database_kind" in metafunc.fixturenames and getattr(metafunc.module, "ON_BOTH", False):
+        metafunc.parametrize("database_kind", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def start_backend(tmp_path: Path, open_until_end: AsyncExitStack) -> StartBackend:
-    """Start the backend on a real SQLite file; its nodes may live on loopback unless told."""
+def database_kind(request: pytest.FixtureRequest) -> str:
+    return str(getattr(request, "param", "sqlite"))
+
+
+@pytest.fixture
+def make_database(
+    request: pytest.FixtureRequest, tmp_path: Path, database_kind: str
+) -> Iterator[MakeDatabase]:
+    """Makes a real database, empty; gives its URL."""
+    numbers = itertools.count()
+    with ExitStack() as used:
+
+        def make() -> str:
+            if database_kind == "sqlite":
+                return f"sqlite:///{tmp_path}/backend{next(numbers) or ''}.sqlite3"
+            postgres: Postgres = request.getfixturevalue("postgres")
+            return postgres.url(used.enter_context(postgres.database()))
+
+        yield make
+
+
+@pytest.fixture
+def database(make_database: MakeDatabase) -> str:
+    return make_database()
+
+
+@pytest.fixture
+def start_backend(database: str, open_until_end: AsyncExitStack) -> StartBackend:
+    """Start the backend on a real database; its nodes may live on loopback unless told."""
 
     async def start(
         *, timeouts: Timeouts | None = None, resolve: Resolve = resolve, **settings: Any
     ) -> Network:
         given = {
             "allow_private_nodes": True,
-            "database_url": f"sqlite:///{tmp_path}/backend.sqlite3",
+            "database_url": database,
         }
         clock = Clock()
         app = create_app(load(given | settings), clock=clock, resolve=resolve, timeouts=timeouts)
         url = await open_until_end.enter_async_context(serving(app))
         http = httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S, verify=False)
         await open_until_end.enter_async_context(http)
-        return Network(url, http, clock)
+        return Network(url, http, clock, app)
 
     return start
 
@@ -75,3 +114,24 @@ def start_node(open_until_end: AsyncExitStack) -> StartNode:
 @pytest.fixture
 async def network(start_backend: StartBackend) -> Network:
     return await start_backend()
+
+
+@pytest.fixture
+async def page(chromium: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Page]:
+    """A page of the browser, for which the dashboard is always of now."""
+    monkeypatch.setattr(view, "_FRESH_S", 0)
+    monkeypatch.setattr(view, "_SHARE", 0)
+    async with opened(chromium) as page:
+        await page.like()
+        yield page
+
+
+@pytest.fixture
+async def pair(network: Network, start_node: StartNode) -> Pair:
+    speakers = Speaker(("Ba", "se.")), Speaker(("Le", "gal ", "advice."))
+    await network.register_lora("legal", LEGAL_CID, description="On contracts", category="law")
+    base, legal = [await start_node(StandIn(it)) for it in speakers]
+    await network.register(base, base_model="tiny-base", version="0.1.0")
+    held = {"adapters": {"legal": LEGAL_CID}, "base_model": "other-base"}
+    await network.register(legal, "legal", number=2, version="0.1.0", **held)
+    return Pair(network, *speakers)

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -170,6 +171,7 @@ class Network:
     url: str
     http: httpx.AsyncClient
     clock: Clock
+    app: FastAPI | None = None
 
     async def register(
         self, endpoint: str, *names: str, number: int = 1, **additive: Any
@@ -188,7 +190,7 @@ class Network:
         body: dict[str, Any] = answer.json()
         return body
 
-    async def register_lora(self, name: str, cid: str = LEGAL_CID, **more: str) -> dict[str, Any]:
+    async def register_lora(self, name: str, cid: str = LEGAL_CID, **more: Any) -> dict[str, Any]:
         answer = await self.http.post(
             "/api/lora/register", json={"name": name, "ipfs_hash": cid, **more}
         )

@@ -11,6 +11,8 @@ from r3mes_vllm.backend.bodies import API_BODY_LIMIT, INFERENCE_BODY_LIMIT
 from tests.backend.conftest import StartNode
 from tests.backend.stand_ins import LEGAL_CID, PATIENCE_S, Network, StandIn, wallet
 
+ON_BOTH = True
+
 REGISTER = {
     "wallet_address": wallet(1),
     "endpoint_url": "http://127.0.0.1:8080",
@@ -105,6 +107,9 @@ WRONG_FIELDS: list[tuple[str, str, Any]] = [
     ("/api/lora/register", "category", "x" * 129),
     ("/api/lora/register", "version", "x" * 129),
     ("/api/lora/register", "version", 1.0),
+    ("/api/lora/register", "system_prompt", "x" * 8193),
+    ("/api/lora/register", "system_prompt", 1),
+    ("/api/lora/register", "system_prompt", "\0"),
     ("/api/serving-node/register", "wallet_address", "cosmos1abc"),
     ("/api/serving-node/register", "wallet_address", "remes1short"),
     ("/api/serving-node/register", "wallet_address", wallet(1) + "\n"),
@@ -119,6 +124,9 @@ WRONG_FIELDS: list[tuple[str, str, Any]] = [
     ("/api/serving-node/register", "adapters", {"legal": "x" * 257}),
     ("/api/serving-node/register", "adapters", {"\0": LEGAL_CID}),
     ("/api/serving-node/register", "base_model", "x" * 129),
+    ("/api/serving-node/register", "access_key", 1),
+    ("/api/serving-node/register", "access_key", "x" * 15),
+    ("/api/serving-node/register", "access_key", "x" * 16 + "\n"),
     ("/api/serving-node/heartbeat", "current_load", "much"),
     ("/api/serving-node/heartbeat", "current_load", -1),
     ("/api/serving-node/heartbeat", "current_load", 10**400),

@@ -90,6 +90,46 @@ async def test_the_stored_form_has_no_trailing_slash(url: str, stored: str) -> N
     assert await check_endpoint(url, allow_private=True) == stored
 
 
+@pytest.mark.parametrize("port", [22, 25, 6000, 6667])
+async def test_a_port_of_another_protocol_is_refused(port: int) -> None:
+    """A stranger could have mail servers called, and the like."""
+    url = f"http://node.example:{port}"
+    with pytest.raises(BadInput, match=f"port {port}") as caught:
+        await check_endpoint(url, allow_private=False, resolve=resolving(PUBLIC))
+    assert caught.value.field == "endpoint_url"
+    assert await check_endpoint(url, allow_private=True) == url
+
+
+@pytest.mark.parametrize("port", [3000, 5000, 8000, 8080, 8081, 8443])
+async def test_the_ports_of_nodes_are_taken(port: int) -> None:
+    url = f"http://node.example:{port}"
+    assert await check_endpoint(url, allow_private=False, resolve=resolving(PUBLIC)) == url
+
+
+async def test_the_name_that_is_resolved_is_the_one_in_the_url() -> None:
+    """Python's own rule for names that are not ASCII (IDNA 2003) has ss for ß."""
+    asked = []
+
+    async def resolve(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return [PUBLIC]
+
+    stored = await check_endpoint("https://faß.example", allow_private=False, resolve=resolve)
+    assert (stored, asked) == ("https://xn--fa-hia.example", ["xn--fa-hia.example"])
+
+
+async def test_an_international_name_that_is_none_is_a_name_that_does_not_resolve(
+    start_backend: StartBackend,
+) -> None:
+    network = await start_backend(allow_private_nodes=False)
+    fields = {"wallet_address": wallet(1), "available_lora_list": []}
+    for host in ("xn--a", "xn--a.invalid", "xn--\u00df"):
+        answer = await network.http.post(
+            "/api/serving-node/register", json=fields | {"endpoint_url": f"http://{host}"}
+        )
+        assert (answer.status_code, answer.json()["error"]["field"]) == (422, "endpoint_url")
+
+
 @pytest.mark.parametrize(
     "url",
     [

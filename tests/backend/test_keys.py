@@ -102,8 +102,3 @@ def test_a_key_file_without_a_key_does_not_open_the_backend(tmp_path: Path) -> N
         create_app(load({"api_keys_file": file}))
     with pytest.raises(ConfigError, match="can't read the keys"):
         create_app(load({"api_keys_file": tmp_path / "missing"}))
-
-
-def test_a_protection_that_is_not_there_yet_is_not_promised() -> None:
-    with pytest.raises(ConfigError, match="require_signatures"):
-        create_app(load({"require_signatures": True}))

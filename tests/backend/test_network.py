@@ -8,9 +8,13 @@ import httpx
 import pytest
 
 from r3mes_vllm.backend.app import create_app
+from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.settings import load
 from tests.backend.conftest import StartBackend
+from tests.backend.signing import until
 from tests.backend.stand_ins import LEGAL_CID, OTHER_CID, Clock, Network, serving, wallet
+
+ON_BOTH = True
 
 OLD_NODE = "remes1qy8dh2k3mvx7q0sw9f4tzlj5n6e"
 
@@ -67,7 +71,7 @@ async def test_concurrent_registrations_of_one_wallet_make_one_node(network: Net
     assert nodes[0]["available_lora_list"] == [f"a{port - 1000}"]
 
 
-async def test_concurrent_writers_in_two_backends_on_one_file_all_succeed(
+async def test_concurrent_writers_in_two_backends_on_one_database_all_succeed(
     start_backend: StartBackend,
 ) -> None:
     one, two = await start_backend(), await start_backend()
@@ -79,8 +83,14 @@ async def test_concurrent_writers_in_two_backends_on_one_file_all_succeed(
         ),
         *(backend.register_lora(f"x{n}") for n in range(20) for backend in (one, two)),
     )
-    assert sorted(await one.wallets()) == [wallet(n) for n in range(20)]
-    assert len((await two.http.get("/api/lora/list")).json()) == 20
+    for backend in (one, two):
+
+        async def all_are_there(backend: Network = backend) -> bool:
+            loras = (await backend.http.get("/api/lora/list")).json()
+            wallets = sorted(await backend.wallets())
+            return len(loras) == 20 and wallets == [wallet(n) for n in range(20)]
+
+        await until(all_are_there)
 
 
 async def test_an_unknown_node_that_beats_is_told_404(network: Network) -> None:
@@ -172,9 +182,24 @@ async def test_an_adapter_is_registered_once_and_updated_after(network: Network)
             "description": "",
             "category": "",
             "version": "2.0.0",
+            "system_prompt": None,
             "created_at": "2026-01-01T00:00:00Z",
+            "base_model": None,
+            "size_bytes": None,
+            "rank": None,
+            "active": True,
+            "owner": None,
         }
     ]
+
+
+async def test_an_adapters_system_prompt_is_kept_until_it_is_registered_without(
+    network: Network,
+) -> None:
+    for prompt in ("Be brief. " + "ü" * 8182, "Be kind.", None):
+        await network.register_lora("legal", **({"system_prompt": prompt} if prompt else {}))
+        (listed,) = (await network.http.get("/api/lora/list")).json()
+        assert listed["system_prompt"] == prompt
 
 
 async def test_concurrent_registrations_of_one_adapter_make_one(network: Network) -> None:
@@ -183,10 +208,8 @@ async def test_concurrent_registrations_of_one_adapter_make_one(network: Network
     assert len((await network.http.get("/api/lora/list")).json()) == 1
 
 
-async def test_a_restart_keeps_every_registration(tmp_path: Path) -> None:
-    settings = load(
-        {"database_url": f"sqlite:///{tmp_path}/kept.sqlite3", "allow_private_nodes": True}
-    )
+async def test_a_restart_keeps_every_registration(database: str) -> None:
+    settings = load({"database_url": database, "allow_private_nodes": True})
     clock = Clock()
 
     async def round_of(work: Any) -> Any:
@@ -209,6 +232,6 @@ async def test_a_restart_keeps_every_registration(tmp_path: Path) -> None:
     assert await round_of(after) == ([wallet(1)], LEGAL_CID)
 
 
-async def test_the_database_is_write_ahead_logged(network: Network, tmp_path: Path) -> None:
-    await network.register_lora("legal")
-    assert (tmp_path / "backend.sqlite3-wal").exists()
+async def test_a_file_is_write_ahead_logged(tmp_path: Path) -> None:
+    async with Registry.open(f"sqlite:///{tmp_path}/b.sqlite3"):
+        assert (tmp_path / "b.sqlite3-wal").exists()

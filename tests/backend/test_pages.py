@@ -1,38 +1,33 @@
-"""What people and monitors look at."""
+"""What monitors look at."""
 
 from pathlib import Path
 
-import pytest
-
+from r3mes_vllm import __version__
 from tests.backend.conftest import StartNode
-from tests.backend.stand_ins import LEGAL_CID, Network, StandIn, wallet
+from tests.backend.signing import until
+from tests.backend.stand_ins import Network, StandIn
 
 
-async def test_the_page_lists_nodes_and_adapters_as_text(network: Network) -> None:
-    await network.register_lora("legal", LEGAL_CID)
-    await network.register(
-        "http://127.0.0.1:1", "legal", "<script>alert(1)</script>", base_model="<b>base</b>"
-    )
-    page = await network.http.get("/")
-    assert page.headers["content-type"] == "text/html; charset=utf-8"
-    for text in ("legal", LEGAL_CID, wallet(1), "&lt;b&gt;base&lt;/b&gt;"):
-        assert text in page.text
-    assert "<script" not in page.text
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-
-
-@pytest.mark.parametrize("path", ["/health", "/ready"])
-async def test_it_is_well_while_its_database_answers(
-    network: Network, tmp_path: Path, path: str
-) -> None:
+async def test_it_is_ready_while_its_database_answers(network: Network, tmp_path: Path) -> None:
     await network.register("http://127.0.0.1:1", "legal")
-    assert (await network.http.get(path)).json() == {"status": "ok", "nodes": 1}
+    for path in ("/health", "/ready"):
+        said = (await network.http.get(path)).json()
+        assert said == {"status": "ok", "nodes": 1, "version": __version__}
     for file in tmp_path.glob("backend.sqlite3*"):
         file.write_bytes(b"this is no database" * 1000)
-    broken = await network.http.get(path)
-    assert broken.status_code == 503
+
+    async def is_not_ready() -> bool:
+        return (await network.http.get("/ready")).status_code == 503
+
+    await until(is_not_ready)
+    broken = await network.http.get("/ready")
     assert broken.json()["error"]["code"] == "database_down"
     assert "retry-after" in broken.headers
+    # It goes on with the nodes that it knows.
+    well = await network.http.get("/health")
+    assert well.status_code == 200
+    assert well.json()["nodes"] == 1
+    assert well.json()["database_down_since"] == "2026-01-01T00:00:00Z"
 
 
 async def test_the_metrics_have_few_labels_whoever_asks_what(

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from r3mes_vllm import __version__
 from r3mes_vllm.backend.database import database_url
 from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.backend.server import listen, run, warnings
@@ -54,7 +55,7 @@ def test_it_says_where_it_listens_and_ends_when_told(tmp_path: Path, stop: signa
             f"database sqlite+aiosqlite:///{tmp_path}/b.sqlite3\n"
         )
         answer = httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
-        assert answer.json() == {"status": "ok", "nodes": 0}
+        assert answer.json() == {"status": "ok", "nodes": 0, "version": __version__}
         assert "server" not in answer.headers
         process.send_signal(stop)
         process.wait(STOPS_S)
@@ -127,3 +128,9 @@ def test_an_open_backend_beyond_loopback_is_warned_of() -> None:
     assert warnings(load()) == []
     assert warnings(load({"backend_host": "0.0.0.0", "api_keys": ["k"], "admin_key": "a"})) == []
     assert warnings(load({"backend_host": "0.0.0.0", "insecure": True})) == []
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+async def test_a_database_in_memory_is_enough(url: str) -> None:
+    async with Registry.open(url) as registry:
+        assert await registry.loras() == []

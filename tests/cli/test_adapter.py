@@ -84,6 +84,8 @@ def test_publish_then_pull_by_name_and_by_cid(
     assert cid in js_ipfs.pins()
     (listed,) = httpx.get(f"{backend.url}/api/lora/list").json()
     assert (listed["name"], listed["ipfs_hash"], listed["category"]) == ("mine", cid, "legal")
+    facts = (listed["base_model"], listed["rank"], listed["size_bytes"])
+    assert facts == (tiny.NAME, 8, (adapter / WEIGHTS).stat().st_size)
 
     pulled = adapter_command(tmp_path, "pull", "mine", "--json", **network)
     assert pulled.returncode == 0, pulled.stderr
@@ -95,6 +97,46 @@ def test_publish_then_pull_by_name_and_by_cid(
     assert told(adapter_command(tmp_path, "list", "--json"))[0]["cid"] == cid
     by_path = told(adapter_command(tmp_path, "pull", str(adapter), "--json"))
     assert (by_path["cid"], by_path["fetched"]) == (cid, False)
+
+
+def test_a_name_is_published_again_with_its_key_only(
+    adapter: Path, js_ipfs: JsIpfs, backend: Program, tmp_path: Path
+) -> None:
+    publish = ("publish", str(adapter), "--name", "owned")
+    network = {"R3MES_IPFS_API_URL": js_ipfs.api, "R3MES_BACKEND_URL": backend.url}
+    for state, said in (("mine", ""), ("mine", ""), ("another", "belongs to another key")):
+        found = adapter_command(
+            tmp_path, *publish, **network, R3MES_STATE_DIR=str(tmp_path / state)
+        )
+        assert (found.returncode, said in found.stderr) == (bool(said), True)
+
+
+def test_a_closed_registry_takes_a_new_name_with_the_admins_key(
+    adapter: Path, js_ipfs: JsIpfs, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    arguments = (
+        "backend",
+        "--port",
+        str(port),
+        "--database-url",
+        f"sqlite:///{tmp_path}/b.sqlite3",
+    )
+    publish = ("publish", str(adapter), "--name", "mine")
+    network = {"R3MES_IPFS_API_URL": js_ipfs.api, "R3MES_BACKEND_URL": url}
+    (tmp_path / "key").write_text("s3cret-of-the-admin\n")
+    with program(
+        tmp_path, *arguments, url=url, env={"R3MES_ADMIN_KEY": "s3cret-of-the-admin"}
+    ) as running:
+        running.wait_for("/health", 30)
+        refused = adapter_command(tmp_path, *publish, **network)
+        assert refused.returncode == 1
+        assert "only the admin" in refused.stderr
+        # Once it is there, its owner needs no admin.
+        for more in (("--admin-key-file", "key"), ()):
+            assert adapter_command(tmp_path, *publish, *more, **network).returncode == 0
+    missing = adapter_command(tmp_path, *publish, "--admin-key-file", "absent", **network)
+    assert (missing.returncode, "can't read the key" in missing.stderr) == (2, True)
 
 
 def test_inspect_says_what_every_rule_says(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from tests import tiny
 
 POISON = "~"
 """The model has NaN for this letter's embedding, and through it soon in the KV cache."""
-LONGEST = 8192
-"""Tokens of a prompt and its answer."""
 _ASKED = 50
+_DEPTH = 40
+"""Layers: a step takes milliseconds, or answers would be over before they are read."""
 
 
 def poisonous_model(directory: Path) -> Path:
@@ -28,8 +28,15 @@ def poisonous_model(directory: Path) -> Path:
     weights["model.embed_tokens.weight"][letters[POISON]] = torch.nan
     # Whose output is 0 is never the likeliest: no answer has that letter in it, and none ends.
     weights["lm_head.weight"][[letters[POISON], config["eos_token_id"]]] = 0
+    first = "model.layers.0."
+    weights |= {
+        f"model.layers.{number}.{name.removeprefix(first)}": weight.clone()
+        for name, weight in list(weights.items())
+        if name.startswith(first)
+        for number in range(tiny.LAYERS, _DEPTH)
+    }
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    config |= {"tie_word_embeddings": False, "max_position_embeddings": LONGEST}
+    config |= {"tie_word_embeddings": False, "num_hidden_layers": _DEPTH}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 

@@ -66,7 +66,9 @@ class Engine:
         return self.others + 1
 
     async def is_paused(self) -> bool:
-        await asyncio.sleep(self.step_s)
+        began = (loop := asyncio.get_running_loop()).time()
+        while loop.time() < began + self.step_s:
+            await asyncio.sleep(min(self.step_s, 0.5))
         return False
 
     async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
@@ -132,7 +134,7 @@ def setting(**values: Any) -> Change:
 
 async def traffic(engine: Engine) -> None:
     engine.others = 50
-    while True:
+    while engine.step_s < FOR_EVER:
         engine.give("base")
         await asyncio.sleep(0.1)
 
@@ -224,6 +226,20 @@ def test_a_slow_step_is_no_trouble() -> None:
     assert watched(before=setting(step_s=7.0), at=30)[0] is None
 
 
+async def flood(engine: Engine) -> None:
+    """So many tokens that for a minute no answer comes through between them."""
+    engine.others = 50
+    for _ in range(600):
+        engine.step_s = 60.0
+        engine.give("base")
+        await asyncio.sleep(0.1)
+    engine.step_s, engine.others = 0.01, 0
+
+
+def test_an_engine_that_generates_does_not_hang() -> None:
+    assert watched(beside=flood, at=0.1)[0] is None
+
+
 def test_an_idle_engine_stays_well() -> None:
     assert watched()[0] is None
 
@@ -244,6 +260,16 @@ def test_an_adapter_that_poisoned_the_engine_is_blamed() -> None:
     assert "not finite" in (found or "")
     assert took < 1
     assert canary.blamed == {"legal@bafy"}
+
+
+def test_an_adapter_that_got_poison_from_the_base_model_is_not_blamed() -> None:
+    def poison(engine: Engine) -> None:
+        for request in ("base", "adapter"):
+            engine.give(request, nans=3)
+
+    found, _, canary = watched(poison)
+    assert "not finite" in (found or "")
+    assert not canary.blamed
 
 
 def test_a_process_that_was_held_up_itself_blames_nobody() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from r3mes_vllm.engine import cpu_lora
+from r3mes_vllm.engine import cpu_lora, cpu_packs
 from r3mes_vllm.engine.cpu_lora import CpuPunicaWrapper
 
 SLOTS, RANK, INPUTS, OUTPUTS = 2, 4, 16, 8
@@ -142,7 +142,7 @@ def test_long_runs_and_many_columns_equal_float64(monkeypatch: pytest.MonkeyPatc
         layer.place(slot, (8, 4, 0))
     slots = [0] * 200 + [1, -1, 2] * 5 + [-1] * 200 + [3] * 150 + [2]
     assert not layer.differ(wrapper, slots)
-    monkeypatch.setattr(cpu_lora, "_ONE_PRODUCT", 0)
+    monkeypatch.setattr(cpu_packs, "_ZEROS", 0)
     assert not layer.differ(CpuPunicaWrapper(2048, 64, "cpu"), slots)
 
 
@@ -150,7 +150,7 @@ def test_long_runs_and_many_columns_equal_float64(monkeypatch: pytest.MonkeyPatc
 def test_with_and_without_the_processors_bf16_it_equals_float64(
     monkeypatch: pytest.MonkeyPatch, computed_in: torch.dtype
 ) -> None:
-    monkeypatch.setattr(cpu_lora, "_computed_in", lambda dtype: computed_in)
+    monkeypatch.setattr(cpu_packs, "_computed_in", lambda dtype: computed_in)
     layer, wrapper = Layer(0), CpuPunicaWrapper(512, 64, "cpu")
     for slot in range(layer.slots):
         layer.place(slot, (8, 4, 2))
@@ -172,11 +172,52 @@ def test_an_adapter_that_takes_a_slot_is_noticed(monkeypatch: pytest.MonkeyPatch
     layer.place(0, (8, 8, 8))
     assert not layer.differ(wrapper, [0, -1])
     layer.place(0, (8, 8, 8))
-    monkeypatch.setattr(cpu_lora._Layer, "_versions", lambda self: (0,) * 6, raising=True)
+    monkeypatch.setattr(cpu_packs, "version", lambda tensor: 0)
     stale = CpuPunicaWrapper(64, 64, "cpu")
     assert not layer.differ(stale, [0, -1])
     layer.place(0, (8, 8, 8))
     assert layer.differ(stale, [0, -1])
+
+
+@pytest.mark.parametrize("watching", [True, False])
+def test_an_adapter_is_noticed_that_takes_the_place_of_its_namesake(
+    monkeypatch: pytest.MonkeyPatch, watching: bool
+) -> None:
+    """Loaded again under the same id: vLLM's mapping stays the same, and is not told again."""
+    if not watching:
+        monkeypatch.setattr(cpu_packs, "version", lambda tensor: 0)
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
+    layer.place(0, (8, 8, 8))
+    assert not layer.differ(wrapper, [0, -1])
+    monkeypatch.setattr(wrapper, "update_metadata", lambda *arguments, **named: None)
+    assert not layer.differ(wrapper, [0, -1])
+    layer.place(0, (8, 8, 8))
+    assert layer.differ(wrapper, [0, -1]) is not watching
+
+
+def test_an_embedding_that_no_adapter_changes_costs_nothing_until_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrapper = CpuPunicaWrapper(64, 64, "cpu")
+    mapping = LoRAMapping((7, 0), (7, 0), is_prefill=False)
+    wrapper.update_metadata(mapping, list[int | None](IDS), SLOTS, vocab_size=32)
+    b, x, y = torch.zeros(SLOTS, 1, OUTPUTS, RANK), torch.ones(2, RANK), torch.zeros(2, OUTPUTS)
+    real = PunicaWrapperCPU.add_lora_embedding
+    asked: list[torch.Tensor] = []
+
+    def watched(self: PunicaWrapperCPU, y: torch.Tensor, *others: Any, **named: Any) -> None:
+        asked.append(y)
+        real(self, y, *others, **named)
+
+    monkeypatch.setattr(PunicaWrapperCPU, "add_lora_embedding", watched)
+    wrapper.add_lora_embedding(y, x, b)
+    assert not asked
+    assert y.eq(0).all()
+    b[0] = 1
+    wrapper.add_lora_embedding(y, x, b)
+    assert len(asked) == 1
+    assert y[0].eq(RANK).all()
+    assert y[1].eq(0).all()
 
 
 def _place(wrapper: CpuPunicaWrapper, layer: Layer, slot: int) -> None:
@@ -187,13 +228,13 @@ def _place(wrapper: CpuPunicaWrapper, layer: Layer, slot: int) -> None:
 def test_placing_an_adapter_lays_out_nothing_else_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
     packed: list[tuple[int, ...]] = []
-    real = cpu_lora._packed
+    real = cpu_packs._packed
 
     def watched(a: Any, b: Any, slots: tuple[int, ...], *others: Any) -> Any:
         packed.append(slots)
         return real(a, b, slots, *others)
 
-    monkeypatch.setattr(cpu_lora, "_packed", watched)
+    monkeypatch.setattr(cpu_packs, "_packed", watched)
     _place(wrapper, layer, 0)
     _place(wrapper, layer, 1)
     assert not layer.differ(wrapper, [0, 1, -1])

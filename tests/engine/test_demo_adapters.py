@@ -8,12 +8,12 @@ from safetensors import safe_open
 
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS, vet
-from r3mes_vllm.engine.base_model import EMBEDDED
 from r3mes_vllm.ipfs.car import root_of
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.fetch import fetch
 from r3mes_vllm.ipfs.pack import pack
 from r3mes_vllm.ipfs.sources import CarSource
+from r3mes_vllm.settings import EMBEDDED_MODEL
 
 TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 LAYERS = 30
@@ -47,7 +47,7 @@ async def test_the_weights_are_small_and_pass_every_rule(
     files = await unpack(adapter, tmp_path)
     facts = vet(files)
     assert (facts.rank, facts.alpha, facts.modules) == (8, 16, LAYERS * len(TARGETS))
-    assert facts.base_model == f"HuggingFaceTB/{EMBEDDED}"
+    assert facts.base_model == f"HuggingFaceTB/{EMBEDDED_MODEL}"
     assert facts.size < 5_000_000
     with safe_open(files / WEIGHTS, "pt") as weights:
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118

@@ -33,6 +33,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from r3mes_vllm.engine import plugin
+from r3mes_vllm.engine import scheduler as scheduling
 from r3mes_vllm.engine.scheduler import FairAsyncScheduler, FairScheduler
 from r3mes_vllm.settings import Settings
 from tests import tiny
@@ -215,6 +216,22 @@ def test_a_request_to_a_cold_adapter_starts_within_the_cycle(
         assert engine.waited(cold) < 2
     engine.finish()
     engine.assert_all_tokens()
+
+
+@pytest.mark.parametrize("grace", [True, False])
+def test_a_turn_is_not_over_a_few_tokens_before_its_requests(
+    build: Build, monkeypatch: pytest.MonkeyPatch, grace: bool
+) -> None:
+    if not grace:
+        monkeypatch.setattr(scheduling, "_GRACE", 0)
+    engine = build()
+    steps = int(CYCLE_S / 2 / STEP_S) + 1
+    for number in range(2 * SEATS):
+        engine.ask(1 + number % 2, prompt=1, answer=steps)
+    engine.finish()
+    engine.assert_all_tokens()
+    put_off = sum(len(it.preempted_req_ids or ()) for it in engine.schedules)
+    assert (put_off == 0) is grace
 
 
 @pytest.mark.parametrize("scheduler", [Scheduler, AsyncScheduler, FairScheduler])

@@ -1,4 +1,4 @@
-"""A minute of fuzzing; `make fuzz SECONDS=3600` goes on for longer."""
+"""A little fuzzing; `make fuzz SECONDS=3600` goes on for longer."""
 
 import subprocess
 import sys
@@ -12,8 +12,8 @@ def fuzz(target: str, seconds: int, corpus: Path) -> subprocess.CompletedProcess
     )
 
 
-def test_a_minute_of_fuzzing_finds_nothing(tmp_path: Path) -> None:
-    found = fuzz("all", 63, tmp_path)
+def test_a_little_fuzzing_finds_nothing(tmp_path: Path) -> None:
+    found = fuzz("all", 20, tmp_path)
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
 
 

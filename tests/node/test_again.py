@@ -151,12 +151,21 @@ def test_what_happened_long_ago_does_not_count(
     assert "," not in environment["R3MES_RESTARTS"]
 
 
-def test_what_was_followed_before_is_forgotten(
+@pytest.mark.parametrize("variable", ["R3MES_FOLLOWED", "R3MES_PASSING"])
+def test_what_was_said_of_an_adapter_before_is_forgotten(
+    started: list[tuple[float, dict[str, str]]], variable: str
+) -> None:
+    with pytest.raises(SystemExit):
+        Again((), {variable: "legal"}).start(Failure("it died", ["legal=bafy"], []))
+    assert not started[0][1][variable]
+
+
+def test_what_came_on_demand_comes_back_as_such(
     started: list[tuple[float, dict[str, str]]],
 ) -> None:
     with pytest.raises(SystemExit):
-        Again((), {"R3MES_FOLLOWED": "legal"}).start(Failure("it died", ["legal=bafy"], []))
-    assert not started[0][1]["R3MES_FOLLOWED"]
+        Again(()).start(Failure("it died", ["a=bafy", "b=bafz"], [], ["b"]))
+    assert started[0][1]["R3MES_PASSING"] == "b"
 
 
 def test_with_no_adapter_left_it_does_not_go_on() -> None:

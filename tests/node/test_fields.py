@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from r3mes_vllm.node.fields import TooMuch, refuse_excess
-from r3mes_vllm.settings import RequestLimits
+from r3mes_vllm.tables import RequestLimits
 
 LIMITS = RequestLimits(
     tokens=100,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -12,10 +13,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from r3mes_vllm import __version__
+from r3mes_vllm.backend.app import create_app
 from r3mes_vllm.errors import BackendRefused
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.node.heartbeat import Registration
-from r3mes_vllm.wire import RegisterNode
+from r3mes_vllm.settings import load
+from r3mes_vllm.wire import RegisterLora, RegisterNode
+from tests.backend.stand_ins import LEGAL_CID, serving
 from tests.programs import free_port
 
 WALLET = "remes1" + "a" * 38
@@ -100,6 +105,18 @@ async def test_it_registers_and_beats_as_the_existing_network_expects() -> None:
     assert (beat["wallet_address"], beat["status"], beat["current_load"]) == (WALLET, "active", 3)
 
 
+async def test_beats_are_counted_by_what_came_of_them() -> None:
+    backend, port = OldBackend(), free_port()
+    async with registered(f"http://127.0.0.1:{port}") as registration:
+        await until(lambda: registration.beats["unreachable"] > 0)
+        assert registration.accepted_at is None
+        async with listening(backend, port):
+            await until(lambda: registration.beats["accepted"] >= 2)
+            assert registration.accepted_at is not None
+            backend.known = False
+            await until(lambda: registration.beats["refused"] > 0)
+
+
 async def test_a_backend_that_forgot_it_gets_a_registration() -> None:
     backend = OldBackend()
     async with listening(backend, free_port()) as url, registered(url):
@@ -136,3 +153,35 @@ async def test_a_backend_without_a_list_is_an_error_with_its_address() -> None:
     async with listening(OldBackend(), free_port()) as url, BackendClient(url) as client:
         with pytest.raises(BackendRefused, match=url):
             await client.loras()
+
+
+async def test_a_list_that_is_as_it_was_is_not_sent_again(tmp_path: Path) -> None:
+    given = load({"database_url": f"sqlite:///{tmp_path}/b.sqlite3"})
+    adapter = RegisterLora(name="legal", ipfs_hash=LEGAL_CID)
+    async with serving(create_app(given)) as url, BackendClient(url) as client:
+        empty = await client.listing()
+        assert await client.listing(empty) is empty
+        await client.register_lora(adapter)
+        one = await client.listing(empty)
+        assert [it.name for it in one.loras] == ["legal"]
+        assert await client.listing(one) is one
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("required_node_version", "no requests"), ("latest_node_version", "is out")],
+)
+async def test_a_node_is_told_of_another_version(
+    tmp_path: Path, setting: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = load({"database_url": f"sqlite:///{tmp_path}/b.sqlite3", "allow_private_nodes": True})
+    newer = given.model_copy(update={setting: "99.1"})
+    async with serving(create_app(newer)) as url, registered(url) as registration:
+        await until(lambda: registration.beats["accepted"] >= 3)
+        assert said in registration.upgrade
+        assert "99.1" in registration.upgrade
+    assert capfd.readouterr().err.count("make setup") == 1
+    same = given.model_copy(update={setting: __version__})
+    async with serving(create_app(same)) as url, registered(url) as registration:
+        await until(lambda: registration.beats["accepted"] >= 2)
+        assert registration.upgrade == ""

@@ -75,7 +75,7 @@ def test_an_adapter_comes_answers_and_goes(
     assert answer.json()["cid"] == answer.headers["x-r3mes-cid"] == cids[0]
     assert states(node)[cids[0]] == "resident"
     metrics = node.get("/metrics").text
-    assert 'r3mes_adapter_requests_total{adapter="guest"} 1.0' in metrics
+    assert 'r3mes_adapter_requests_total{adapter="guest",outcome="complete"} 1.0' in metrics
     assert 'r3mes_adapters{state="resident"}' in metrics
     wait_until(lambda: "guest" in nodes_adapters(network), 10, "the backend to know")
     assert "guest" in [it["id"] for it in node.get("/v1/models").json()["data"]]

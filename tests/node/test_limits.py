@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from r3mes_vllm.node.limits import Limits
+from r3mes_vllm.node.load import Load
 from r3mes_vllm.settings import load
 from tests.programs import free_port
 
@@ -31,7 +32,8 @@ async def limited(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
         return PlainTextResponse(str(size))
 
     routes = [Route(path, length, methods=["GET", "POST"]) for path in ("/chat", "/v1/wait", "/x")]
-    app = Limits(Starlette(routes=routes), load({"body_bytes": MOST, **settings}))
+    given = load({"body_bytes": MOST, **settings})
+    app = Limits(Starlette(routes=routes), given, Load(given.requests_at_once))
     config = uvicorn.Config(app, port=(port := free_port()), log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())

@@ -89,6 +89,7 @@ async def test_two_engines_under_plain_vllm_answer_as_one(
         *("--model", str(tiny_model), "--served-model-name", tiny.NAME, "--host", "127.0.0.1"),
         *("--port", str(port), "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "4"),
         *("--max-lora-rank", "8", "--data-parallel-size", "2", "--api-server-count", "1"),
+        *("--lora-modules", f"module={network.folder / 'legal'}"),
         url=url,
         module="vllm.entrypoints.launchers.api_server.entry",
         env={
@@ -101,6 +102,8 @@ async def test_two_engines_under_plain_vllm_answer_as_one(
     ) as node:
         await _answers(node, tmp_path / "cache", late, expected)
         assert httpx.post(f"{url}/v1/load_lora_adapter", json={}).status_code == 404
+        listed = {it["id"]: it for it in httpx.get(f"{url}/v1/models").json()["data"]}
+        assert listed["module"]["cid"] == listed["legal"]["cid"]
 
 
 def _both(network: Network) -> str:

@@ -1,4 +1,5 @@
-"""Other implementations of IPFS, installed once into the user's cache, each as its lock says."""
+"""Others' programs that the tests talk to, installed once into the user's cache, each as its lock
+says."""
 
 import fcntl
 import hashlib
@@ -15,16 +16,16 @@ _HERE = Path(__file__).parent
 _PYTHON = _HERE / "requirements.txt"
 
 
-def npm(package: str) -> Path:
-    """The folder of the npm package in `tests/peers`, with its `node_modules`."""
+def npm(package: str, beside: Path = _HERE) -> Path:
+    """A copy of the npm package in the folder `beside`, with its `node_modules`."""
 
     def install(folder: Path) -> None:
-        shutil.copytree(_HERE / package, folder, dirs_exist_ok=True)
+        shutil.copytree(beside / package, folder, dirs_exist_ok=True)
         _run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], folder)
 
     if not shutil.which("npm"):
         pytest.fail("the tests need Node.js and npm: apt-get install nodejs npm")
-    return _once(package, _HERE / package / "package-lock.json", install)
+    return _once(package, beside / package / "package-lock.json", install)
 
 
 def python() -> Path:
@@ -35,6 +36,18 @@ def python() -> Path:
         _run([*pip, "--no-deps", "--target", str(folder), "--requirement", str(_PYTHON)], folder)
 
     return _once("python", _PYTHON, install)
+
+
+def environment(name: str, requirements: Path) -> Path:
+    """The `python` of a virtual environment with that and nothing else."""
+
+    def install(folder: Path) -> None:
+        _run([sys.executable, "-m", "venv", "--without-pip", str(folder)], folder)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        there = ["--python", str(folder / "bin" / "python"), "install", "--no-deps"]
+        _run([*pip, *there, "--requirement", str(requirements)], folder)
+
+    return _once(name, requirements, install) / "bin" / "python"
 
 
 def _once(name: str, lock_file: Path, install: Callable[[Path], None]) -> Path:

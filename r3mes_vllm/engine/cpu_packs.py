@@ -1,0 +1,202 @@
+"""The weights of the adapters in their slots as the CPU multiplies with them: laid side by side,
+once for as long as they stay there."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from vllm import _custom_ops as ops
+
+_ZEROS = 160_000
+"""Elements in a block-diagonal B, beside those of the adapters, up to which one product with it
+takes less time than one for each slice."""
+
+MIXED_PACKS = 3
+"""Kept of a layer, beside those of single slots."""
+
+_ROW_COUNTS = 32
+"""For which oneDNN keeps a plan, of each product; vLLM's number."""
+
+Layout = tuple[tuple[tuple[int, int], ...], ...]
+"""Of each slice, the slots in the order of their columns, and how many each has."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The weights of one layer for some slots, side by side; None where they are all zero."""
+
+    versions: tuple[int, ...]
+    layout: Layout
+    a: "Product | None"
+    """From inputs to the columns of all slices."""
+    b: tuple[tuple[int, int, int, int, "Product"], ...]
+    """From column, to column, from output, to output."""
+
+
+class Product:
+    """`x @ weight.t()`, `weight` laid out by oneDNN as for vLLM's own layers where it can be.
+
+    On a processor without instructions for the type it is in float32, whatever `x` is.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.dtype = _computed_in(weight.dtype)
+        weight = weight.to(self.dtype)
+        self.outputs = weight.shape[0]
+        self._handler = None
+        if ops._supports_onednn:
+            with suppress(RuntimeError):  # not for this type on this processor
+                self._handler = ops.create_onednn_mm(weight.t(), _ROW_COUNTS)
+                self._multiply = torch.ops._C.onednn_mm.default
+        if self._handler is None:
+            self._weight = weight
+
+    def __call__(self, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """`into`, if it is given, is (rows, outputs) of the type that `x` is multiplied in."""
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if self._handler is None:
+            return torch.nn.functional.linear(x, self._weight)
+        # not ops.onednn_mm: its checks take as long as the product of a few rows
+        if into is None:
+            into = x.new_empty(x.shape[0], self.outputs)
+        self._multiply(into, x, None, self._handler.handler_tensor)
+        return into
+
+
+class Task:
+    """What a segment needs of one layer, with all decided that does not change with its rows."""
+
+    def __init__(
+        self,
+        rows: slice | None,
+        count: int,
+        a: Product,
+        mask: torch.Tensor | None,
+        b: tuple[tuple[int, int, int, int, Product], ...],
+        scratch: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """`rows` None: all, there are `count`; `scratch`: for a product with A, and one with B."""
+        self._rows, self._a, self._mask, self._b = rows, a, mask, b
+        self._hidden = self._product = None
+        if scratch:
+            hidden, product = scratch
+            self._hidden = hidden[: count * a.outputs].view(count, a.outputs)
+            if len(b) == 1:
+                outputs = b[0][4].outputs
+                self._product = product[: count * outputs].view(count, outputs)
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+        if self._rows is not None:
+            y, x = y[self._rows], x[self._rows]
+        hidden = self._a(x, self._hidden)
+        if self._mask is not None:
+            # not a multiplication: 0 * inf of a bad adapter would be NaN
+            hidden.masked_fill_(self._mask, 0)
+        if len(self._b) == 1:
+            ((_, _, begin, end, b),) = self._b
+            if end - begin != y.shape[1]:
+                y = y[:, begin:end]
+            y.add_(b(hidden, self._product), alpha=scale)
+            return
+        for first, last, begin, end, b in self._b:
+            y[:, begin:end].add_(b(hidden[:, first:last]), alpha=scale)
+
+
+class Layer:
+    def __init__(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
+        """Raises RuntimeError for tensors of inference mode, whose changes would go unnoticed."""
+        self.a, self.b = a, b
+        self._written = (*a, *b)
+        self._versions()
+        self._packs: dict[tuple[int, ...], Pack] = {}
+
+    def pack(self, slots: tuple[int, ...], offsets: Sequence[int]) -> Pack:
+        versions = self._versions()
+        pack = self._packs.get(slots)
+        if pack is None or pack.versions != versions:
+            self._packs.pop(slots, None)
+            mixed = [kept for kept in self._packs if len(kept) > 1]
+            if len(slots) > 1 and len(mixed) >= MIXED_PACKS:
+                del self._packs[mixed[0]]
+            pack = self._packs[slots] = _packed(self.a, self.b, slots, offsets, versions)
+        return pack
+
+    def rewrite(self, slot: int, write: Callable[[], None]) -> None:
+        """Let `write` change what is in `slot`, and nothing else; packs of others stay valid."""
+        before = self._versions()
+        write()
+        after = self._versions()
+        self._packs = {
+            slots: replace(pack, versions=after)
+            for slots, pack in self._packs.items()
+            if slot not in slots and pack.versions == before
+        }
+
+    def forget(self, gone: set[int]) -> None:
+        """Free the packs of these slots."""
+        self._packs = {slots: it for slots, it in self._packs.items() if not gone & set(slots)}
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(map(version, self._written))
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often vLLM wrote to it: an adapter was placed."""
+    return tensor._version
+
+
+def _packed(
+    a_stacked: tuple[torch.Tensor, ...],
+    b_stacked: tuple[torch.Tensor, ...],
+    slots: tuple[int, ...],
+    output_slices: Sequence[int],
+    versions: tuple[int, ...],
+) -> Pack:
+    layout, a_parts, b_parts = [], [], []
+    placed = []
+    column = output = 0
+    for a, b, outputs in zip(a_stacked, b_stacked, output_slices, strict=True):
+        ranks = [(slot, rank) for slot in slots if (rank := _rank(a[slot, 0]))]
+        layout.append(tuple(ranks))
+        a_parts += [a[slot, 0, :rank] for slot, rank in ranks]
+        columns = sum(rank for _, rank in ranks)
+        if columns:
+            part = torch.cat([b[slot, 0, :, :rank] for slot, rank in ranks], dim=1)
+            placed.append((column, column + columns, output, output + outputs))
+            b_parts.append(part)
+        column, output = column + columns, output + outputs
+    if not b_parts:
+        return Pack(versions, tuple(layout), None, ())
+    begin, end = placed[0][2], placed[-1][3]
+    zeros = (end - begin) * column - sum(part.numel() for part in b_parts)
+    if len(b_parts) > 1 and zeros <= _ZEROS:
+        whole = b_parts[0].new_zeros(end - begin, column)
+        for (first, last, from_, to), part in zip(placed, b_parts, strict=True):
+            whole[from_ - begin : to - begin, first:last] = part
+        placed, b_parts = [(0, column, begin, end)], [whole]
+    return Pack(
+        versions,
+        tuple(layout),
+        Product(torch.cat(a_parts)),
+        tuple((*place, Product(part)) for place, part in zip(placed, b_parts, strict=True)),
+    )
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """float32 where the processor would only imitate `dtype`, which takes up to ten times as long
+    as converting and multiplying."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return torch.float32
+    return dtype
+
+
+def _rank(a: torch.Tensor) -> int:
+    """How many of the rows of A (largest rank, inputs) are in use."""
+    if a[-1].any():
+        return len(a)
+    used = ((a.amax(dim=1) != 0) | (a.amin(dim=1) != 0)).nonzero()
+    return int(used[-1]) + 1 if len(used) else 0

@@ -1,0 +1,37 @@
+"""The whole suite in two halves side by side, since much of it waits.
+
+    python -m tests.halves
+
+What starts engines shows its output while it runs; that of the rest comes at the end.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+
+_REST = [
+    f"tests/{name}"
+    for name in ("adapters", "backend", "cli", "conformance", "doctor", "fuzz", "ipfs")
+]
+_PYTEST = [sys.executable, "-m", "pytest"]
+
+
+def main() -> int:
+    with tempfile.TemporaryFile() as output:
+        rest = subprocess.Popen([*_PYTEST, *_REST], stdout=output, stderr=subprocess.STDOUT)
+        try:
+            engines = subprocess.call([*_PYTEST, *(f"--ignore={it}" for it in _REST)])
+            failed = rest.wait()
+        except KeyboardInterrupt:  # the terminal has told it too
+            rest.wait()
+            return 130
+        finally:
+            output.seek(0)
+            shutil.copyfileobj(output, sys.stdout.buffer)
+            sys.stdout.flush()
+    return engines or failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""The harness of the benchmarks: its figures, its files, its page. No engine is started."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import command, plots, report, working_set
+from benchmarks.harness import Plan, Record, carried_out, in_turn
+from benchmarks.results import LEAST_PAIRS, RESULTS, Figure, Pair, Run, Spread, Target, told
+from benchmarks.suites import SUITES, Suite
+from r3mes_vllm.cli.main import app
+from r3mes_vllm.errors import ConfigError
+
+SUITE = Suite("made-up", "What is made up.", "tests.made_up_suite", model=False)
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Its `run` is the test's."""
+    module = types.ModuleType(SUITE.module)
+    monkeypatch.setitem(sys.modules, SUITE.module, module)
+    monkeypatch.setitem(SUITES, SUITE.name, SUITE)
+    return module
+
+
+def two_figures(plan: Plan, record: Record) -> None:
+    record.describe("greedy", rank=8)
+    for turn in range(plan.rounds):
+        for side in (1, 2):
+            record.pair(
+                f"{side} adapters",
+                "tokens/s",
+                ours=90.0 + turn,
+                peer=100.0,
+                sides=("ours", "stock"),
+                target=Target(at_least=0.91),
+                chart="Kept",
+                x=side,
+            )
+
+
+def stops_in_the_third(plan: Plan, record: Record) -> None:
+    two_figures(Plan(2), record)
+    raise KeyboardInterrupt
+
+
+def fails_in_the_third(plan: Plan, record: Record) -> None:
+    two_figures(Plan(2), record)
+    raise RuntimeError("/a/path/of/this/machine")
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def ran(module: types.ModuleType, what: object, rounds: int = 5) -> Run:
+    module.run = what  # type: ignore[attr-defined]
+    return carried_out(SUITE, Plan(rounds), quiet)[0]
+
+
+def test_the_ratio_is_of_each_pair_and_its_median_of_those() -> None:
+    pairs = [Pair(ours=1, peer=2), Pair(ours=9, peer=3), Pair(ours=4, peer=4)]
+    figure = Figure(name="a", unit="s", sides=("x", "y"), better="lower", pairs=pairs)
+    assert figure.ratio == Spread(median=1.0, least=0.5, most=3.0)
+    assert figure.ours == Spread(median=4, least=1, most=9)
+    assert figure.added == Spread(median=0, least=-1, most=6)
+
+
+def test_a_side_that_never_got_so_far_has_no_ratio() -> None:
+    pairs = [Pair(ours=1, peer=None), Pair(ours=1, peer=0)]
+    target = Target(at_least=0)
+    figure = Figure(
+        name="a", unit="s", sides=("x", "y"), better="lower", pairs=pairs, target=target
+    )
+    assert figure.ratio is None
+    assert figure.met is None
+    assert Spread.of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "met"),
+    [
+        (Target(at_least=0.5), True),
+        (Target(at_least=0.51), False),
+        (Target(at_most=0.5), True),
+        (Target(at_most=0.49), False),
+        (Target(of="ours", at_most=1), True),
+        (Target(of="ours", at_most=0.9), False),
+        (Target(of="added", at_most=-1), True),
+        (Target(of="added", at_most=-1.1), False),
+        (None, None),
+    ],
+)
+def test_a_target_is_held_against_its_median(target: Target | None, met: bool | None) -> None:
+    figure = Figure(
+        name="a",
+        unit="s",
+        sides=("x", "y"),
+        better="lower",
+        target=target,
+        pairs=[Pair(ours=1, peer=2)],
+    )
+    assert figure.met is met
+
+
+def test_who_is_first_alternates() -> None:
+    assert [in_turn(turn, "ab") for turn in range(4)] == ["ab", "ba", "ab", "ba"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.0412, "0.0412"), (1.5, "1.5"), (12345.6, "12,346")]
+)
+def test_numbers_have_no_exponent(value: float, text: str) -> None:
+    assert told(value) == text
+
+
+def test_a_run_says_what_decided_it(suite: types.ModuleType) -> None:
+    run = ran(suite, two_figures)
+    assert run.ended == "complete"
+    assert (run.seed, run.rounds, run.sampler, run.settings) == (0, 5, "greedy", {"rank": 8})
+    assert {"python", "torch", "r3mes-vllm"} <= set(run.versions)
+    assert any(name.startswith("vllm") for name in run.versions)
+    assert run.machine.cores >= 1
+    assert run.machine.processor
+    assert [len(figure.pairs) for figure in run.figures] == [5, 5]
+    assert [figure.met for figure in run.figures] == [True, True]
+
+
+def test_what_is_written_is_read_again(suite: types.ModuleType, tmp_path: Path) -> None:
+    run = ran(suite, two_figures)
+    path = run.write(tmp_path)
+    assert path.name.startswith("made-up-")
+    assert Run.read(path) == run
+    (figure, _) = json.loads(path.read_text())["figures"]
+    assert figure["ratio"]["median"] == 0.92
+    assert figure["pairs"][0] == {"ours": 90.0, "peer": 100.0, "added": -10.0, "ratio": 0.9}
+
+
+@pytest.mark.parametrize("edit", ['"median": 0.92|"median": 0.99', '"ours": 90.0|"ours": 99.0'])
+def test_a_file_edited_by_hand_is_refused(
+    edit: str, suite: types.ModuleType, tmp_path: Path
+) -> None:
+    path = ran(suite, two_figures).write(tmp_path)
+    before, after = edit.split("|")
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(ValueError, match="edited by hand"):
+        Run.read(path)
+
+
+def test_what_is_no_run_is_refused_with_its_field(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"suite": "kept"}')
+    with pytest.raises(ValueError, match=r"x\.json: about"):
+        report.read(tmp_path)
+
+
+def test_ctrl_c_keeps_the_pairs_measured_so_far(
+    suite: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite.run = stops_in_the_third  # type: ignore[attr-defined]
+    assert command.bench(SUITE.name, out=tmp_path) == 130
+    (run,) = report.read(tmp_path)
+    assert run.ended == "interrupted"
+    assert [len(figure.pairs) for figure in run.figures] == [2, 2]
+    page = (tmp_path / report.PAGE).read_text()
+    assert "Not complete: interrupted" in page
+    assert f"fewer than {LEAST_PAIRS} pairs" in page
+    assert "2/5 1 adapters, tokens/s: ours 91" in capsys.readouterr().err
+
+
+def test_a_suite_that_fails_keeps_its_pairs_and_no_path(
+    suite: types.ModuleType, tmp_path: Path
+) -> None:
+    suite.run = fails_in_the_third  # type: ignore[attr-defined]
+    assert command.bench(SUITE.name, out=tmp_path) == 1
+    (path,) = tmp_path.glob("*.json")
+    assert Run.read(path).ended == "failed: RuntimeError"
+    assert "/a/path" not in path.read_text()
+
+
+def test_the_page_shows_the_newest_run_of_each_group(suite: types.ModuleType) -> None:
+    older = ran(suite, two_figures)
+    newer = older.model_copy(update={"started": older.started.replace(year=9000), "seed": 77})
+    other = older.model_copy(
+        update={"machine": older.machine.model_copy(update={"gpu": "NVIDIA X"})}
+    )
+    page = report.page_of([newer, other, older])
+    assert page.count("seed 77") == 1
+    assert page.count("seed 0") == 1
+    assert "| NVIDIA X | made-up |" in page
+    row = "| 1 adapters: ours / stock | tokens/s, higher is better | 92 (90 to 94) | 100 |"
+    assert f"{row} 0.92 (0.9 to 0.94) | \u2265 0.91 | yes | 5 |" in page
+
+
+def test_a_quick_run_has_no_targets_and_is_written_nowhere(
+    suite: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    suite.run = two_figures  # type: ignore[attr-defined]
+    assert command.bench(SUITE.name, quick=True) == 0
+    assert not (tmp_path / "results").exists()
+    assert command.bench(SUITE.name, quick=True, out=tmp_path) == 0
+    (run,) = report.read(tmp_path)
+    assert [figure.target for figure in run.figures] == [None, None]
+    assert "says nothing about speed" in (tmp_path / report.PAGE).read_text()
+
+
+def test_the_page_of_results_is_what_its_files_give() -> None:
+    assert (RESULTS / report.PAGE).read_text() == report.page_of(report.read(RESULTS))
+
+
+def test_plots_are_drawn(suite: types.ModuleType, tmp_path: Path) -> None:
+    run = ran(suite, two_figures)
+    files = plots.drawn(run, tmp_path)
+    if not plots.available():
+        assert files == []
+        return
+    assert sorted(path.suffix for path in files) == [".png", ".svg"]
+    assert all(path.name in report.section(run) for path in files)
+    before = [path.read_bytes() for path in files]
+    assert [path.read_bytes() for path in plots.drawn(run, tmp_path)] == before
+
+
+def test_every_suite_is_there() -> None:
+    for suite in SUITES.values():
+        path = Path(command.__file__).parent / f"{suite.module.rpartition('.')[2]}.py"
+        assert "\ndef run(plan: Plan, record: Record) -> None:\n" in path.read_text(), suite.name
+        assert suite.rounds >= LEAST_PAIRS
+
+
+def test_the_command_lists_and_refuses(capfd: pytest.CaptureFixture[str]) -> None:
+    listed = CliRunner().invoke(app, ["bench", "list"])
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in SUITES)
+    refused = CliRunner().invoke(app, ["bench", "nothing"])
+    assert refused.exit_code == 2
+    assert "r3mes-vllm bench list" in refused.output
+    with pytest.raises(ConfigError):
+        command.bench("kept", model="nothing")
+
+
+def test_outside_a_checkout_it_says_where_to_go(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from r3mes_vllm.cli import bench
+
+    monkeypatch.setattr(bench, "_ROOT", tmp_path)
+    refused = CliRunner().invoke(app, ["bench", "list"])
+    assert refused.exit_code == 2
+    assert "checkout" in refused.output
+
+
+@pytest.mark.parametrize("shape", working_set.SHAPES)
+def test_a_workload_is_the_same_for_a_seed_and_names_what_there_is(shape: str) -> None:
+    chosen = working_set.chosen(shape, 10, 1000, 7)
+    assert chosen == working_set.chosen(shape, 10, 1000, 7)
+    assert len(chosen) == 1000
+    assert set(chosen) <= set(range(10))
+
+
+def test_the_mixes_are_punicas_and_zipfs() -> None:
+    assert set(working_set.chosen("identical", 10, 100, 0)) == {0}
+    assert working_set.chosen("distinct", 10, 20, 0) == [*range(10), *range(10)]
+    zipf = working_set.chosen("zipf", 10, 20_000, 0)
+    assert zipf.count(0) / zipf.count(1) == pytest.approx(2, rel=0.1)
+    skewed = working_set.chosen("skewed", 10, 20_000, 0)
+    assert skewed.count(0) / skewed.count(1) == pytest.approx(1.5, rel=0.1)
