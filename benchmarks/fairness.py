@@ -1,164 +1,125 @@
 """What a cold adapter's request waits beside a hot one's traffic, and what that costs in all.
 
-    python -m benchmarks.fairness [--pairs 5] [--every 5] [--seconds 30] [--json]
+    r3mes-vllm bench fairness [--rounds 5] [--seconds 30] [--dtype float32]
 
-SmolLM2-135M in bf16 with one slot: a hot adapter always has twice as many requests as there are
-seats, a cold one is asked one question every few seconds. Two processes with the same kernel and
-the same flags, one with our schedule and one with vLLM's, work in turn; ratios are of a pair.
+One slot: a hot adapter always has twice as many requests as there are seats, a cold one is asked
+one question every few seconds. Two processes with the same kernel and the same flags, one with our
+schedule and one with vLLM's, work in turn; ratios are of a pair. A cold request that never began
+counts as one that waited until the measurement ended.
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
-from benchmarks.cpu_lora import ATTENTION, _adapter
+from benchmarks.cpu_lora import SAMPLER, adapters
+from benchmarks.harness import Plan, Record, alone, in_turn, worker_told
+from benchmarks.results import Target
+from benchmarks.shapes import engine_flags, shape_of, told
+from benchmarks.side_by_side import Worker, jobs, tell
 
 SEATS, PROMPT, ANSWER, COLD_ANSWER = 16, 32, 64, 24
 """Requests at once; tokens."""
+SIDES = ("our schedule", "vLLM's schedule")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--every", type=float, default=5, help="seconds between cold requests")
-    parser.add_argument("--seconds", type=float, default=30, help="of each measurement")
-    parser.add_argument("--dtype", default="bfloat16", help="or float32")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--engine", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.engine:
-        _work(*options.engine)
-        return
-    result = measure(options.pairs, options.every, options.seconds, options.dtype)
-    print(json.dumps(result, indent=1) if options.json else _told(result))
-
-
-def measure(pairs: int, every: float, seconds: float, dtype: str) -> dict[str, Any]:
-    found: dict[str, list[dict[str, Any]]] = {"stock": [], "ours": []}
+def run(plan: Plan, record: Record) -> None:
+    seconds = plan.lasts(30, 4)
+    every = min(5.0, seconds / 4)
+    record.describe(
+        SAMPLER,
+        dtype=plan.dtype,
+        rank=8,
+        slots=1,
+        seats=SEATS,
+        seconds=seconds,
+        cold_request_every_s=every,
+    )
     with tempfile.TemporaryDirectory() as name:
-        folders = [str(_adapter(Path(name) / it, i, 8, ATTENTION)) for i, it in enumerate("hc")]
-        told = [dtype, *folders]
-        with _Engine("0", told) as stock, _Engine("1.8", told) as ours:
-            for pair in range(pairs):
-                order = [("stock", stock), ("ours", ours)]
-                for kind, engine in order if pair % 2 else order[::-1]:
-                    found[kind].append(engine.run(every, seconds))
-                    print(kind, found[kind][-1], file=sys.stderr)
-    ratios = [
-        ours["tokens_per_s"] / stock["tokens_per_s"]
-        for ours, stock in zip(found["ours"], found["stock"], strict=True)
-    ]
-    return {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "dtype": dtype,
-        "every": every,
-        "seconds": seconds,
-        "ratio": [round(it, 3) for it in (statistics.median(ratios), min(ratios), max(ratios))],
-        **found,
-    }
+        shape = shape_of(plan.model, plan.quick)
+        folders = adapters(Path(name) / "adapters", shape, [8, 8], plan.seed)
+        asked = told(plan, Path(name)) | {"adapters": folders}
+        with (
+            Worker(__name__, asked, "r3mes", R3MES_ADAPTER_CYCLE="0") as stock,
+            Worker(__name__, asked, "r3mes") as ours,
+        ):
+            for turn in range(plan.rounds):
+                found = {
+                    kind: engine.ask({"every": every, "seconds": seconds})
+                    for kind, engine in in_turn(turn, [("stock", stock), ("ours", ours)])
+                }
+                _note(record, found["ours"], found["stock"])
 
 
-def _told(result: dict[str, Any]) -> str:
-    lines = [
-        f"SmolLM2-135M-Instruct, {result['dtype']}, {result['machine']}, "
-        f"{len(result['ours'])} pairs of {result['seconds']:g} s, "
-        f"a cold request every {result['every']:g} s",
-        "| schedule | cold waits, median | longest | never began | tokens/s, median |",
-        "|---|---|---|---|---|",
-    ]
-    for kind in ("stock", "ours"):
-        waits = [wait for run in result[kind] for wait in run["waits"]]
-        never = sum(run["never"] for run in result[kind])
-        rate = statistics.median(run["tokens_per_s"] for run in result[kind])
-        median = f"{statistics.median(waits):.2f} s | {max(waits):.2f} s" if waits else "- | -"
-        lines.append(f"| {kind} | {median} | {never} of {never + len(waits)} | {rate:.0f} |")
-    median, least, most = result["ratio"]
-    lines.append(f"throughput, of stock's: {median:.2f} ({least:.2f}-{most:.2f}) \u2265 0.9")
-    return "\n".join(lines)
+def _note(record: Record, ours: dict[str, Any], stock: dict[str, Any]) -> None:
+    chart = "A hot and a cold adapter in one slot"
+    record.pair(
+        "cold request waits, median",
+        "s",
+        ours=statistics.median(ours["waits"]),
+        peer=statistics.median(stock["waits"]),
+        sides=SIDES,
+        better="lower",
+        target=Target(of="ours", at_most=2.0),
+        chart=chart,
+    )
+    record.pair(
+        "cold request waits, longest",
+        "s",
+        ours=max(ours["waits"]),
+        peer=max(stock["waits"]),
+        sides=SIDES,
+        better="lower",
+        chart=chart,
+    )
+    record.pair(
+        "cold requests that never began",
+        "of all",
+        ours=ours["never"] / len(ours["waits"]),
+        peer=stock["never"] / len(stock["waits"]),
+        sides=SIDES,
+        better="lower",
+    )
+    record.pair(
+        "all tokens",
+        "tokens/s",
+        ours=ours["tokens_per_s"],
+        peer=stock["tokens_per_s"],
+        sides=SIDES,
+        target=Target(at_least=0.9),
+        chart=chart,
+    )
 
 
-class _Engine:
-    """A process with an engine; it works only when it is asked to."""
-
-    def __init__(self, cycle: str, told: list[str]) -> None:
-        environment = os.environ | {
-            "R3MES_ADAPTER_CYCLE": cycle,
-            "VLLM_PLUGINS": "r3mes",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.fairness", "--engine", *told],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def __enter__(self) -> "_Engine":
-        self._read()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-    def run(self, every: float, seconds: float) -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps({"every": every, "seconds": seconds}) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith('{"waits"'):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise RuntimeError(f"the engine ended with {self._process.wait()}")
-
-
-def _work(dtype: str, *folders: str) -> None:
-    """An engine that takes a measurement a line from standard input and prints what it found."""
+def _work(given: dict[str, Any]) -> None:
+    """Answers with what a measurement found."""
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    from r3mes_vllm.engine.base_model import embedded_base_model
-
-    model = embedded_base_model(Path(platformdirs.user_cache_dir("r3mes-vllm")))
     engine = LLMEngine.from_engine_args(
         EngineArgs(
-            str(model),
-            dtype=dtype,
             enable_lora=True,
             max_loras=1,
             max_cpu_loras=2,
             max_lora_rank=8,
             max_model_len=1024,
             max_num_seqs=SEATS,
-            seed=0,
+            **engine_flags(given),
         )
     )
-    hot, cold = (LoRARequest(f"a{i}", i, folder) for i, folder in enumerate(folders, 1))
+    hot, cold = (LoRARequest(f"a{i}", i, it) for i, it in enumerate(given["adapters"], 1))
+    most = min(31_000, engine.model_config.get_vocab_size() - 1)
+    least = min(1000, most // 2)
     asked = 0
 
     def ask(name: str, adapter: LoRARequest, answer: int) -> None:
         nonlocal asked
         asked += 1
-        prompt: Any = {"prompt_token_ids": [1000 + (asked * 37 + i) % 30000 for i in range(PROMPT)]}
+        tokens = [least + (asked * 37 + i) % (most - least) for i in range(PROMPT)]
+        prompt: Any = {"prompt_token_ids": tokens}
         params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
         engine.add_request(name, prompt, params, lora_request=adapter)
 
@@ -184,18 +145,25 @@ def _work(dtype: str, *folders: str) -> None:
                     waits.setdefault(name, time.monotonic() - asked_at[name])
                 if output.finished:
                     del seen[name]
-        took = time.monotonic() - began
+        ended = time.monotonic()
         engine.abort_request(list(seen))
         while engine.has_unfinished_requests():
             engine.step()
-        never = len(asked_at) - len(waits)
-        return {"waits": list(waits.values()), "never": never, "tokens_per_s": count / took}
+        never = [ended - at for name, at in asked_at.items() if name not in waits]
+        return {
+            "waits": [*waits.values(), *never],
+            "never": len(never),
+            "tokens_per_s": count / (ended - began),
+        }
 
     measured(1, 5)
-    print('{"waits": []}', flush=True)
-    for line in sys.stdin:
-        print(json.dumps(measured(**json.loads(line))), flush=True)
+    tell(None)
+    for job in jobs():
+        tell(measured(**job))
 
 
 if __name__ == "__main__":
-    main()
+    if given := worker_told():
+        _work(json.loads(given))
+    else:
+        alone("fairness")

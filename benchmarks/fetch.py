@@ -1,6 +1,6 @@
 """Fetching an adapter from a gateway on loopback, against what sha256 alone does on one core.
 
-    python -m benchmarks.fetch [--size 1G] [--rounds 5] [--json]
+    r3mes-vllm bench fetch [--rounds 5]
 
 Each round hashes the CAR's bytes on one core, writes as many to the disk and waits for it, then
 fetches the same bytes in a fresh process to verified files that can be opened, and waits for the
@@ -8,49 +8,31 @@ disk again, as the store does in the background. Medians and spread of what one 
 peak of memory is the fetching process's, above what it needed before it began.
 """
 
-import argparse
 import asyncio
 import hashlib
 import json
 import os
-import platform
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
+from benchmarks.harness import Plan, Record, alone, in_turn
+from benchmarks.results import Target
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.fetch import fetch
 from r3mes_vllm.ipfs.pack import pack
 from r3mes_vllm.ipfs.sources import GatewaySource
 from r3mes_vllm.ipfs.tree import Limits
-from r3mes_vllm.settings import parse_bytes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=parse_bytes, default=1 << 30)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--fetch", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        asyncio.run(_serve(Path(options.serve)))
-    elif options.fetch:
-        url, cid, folder = options.fetch
-        print(json.dumps(asyncio.run(_fetch(url, CID.parse(cid), Path(folder), options.size))))
-    else:
-        result = measure(options.size, options.rounds)
-        print(json.dumps(result, indent=1) if options.json else _told(result))
-
-
-def measure(size: int, rounds: int) -> dict[str, Any]:
+def run(plan: Plan, record: Record) -> None:
+    size = plan.pick(1 << 30, 1 << 24)
+    record.describe("none: no model", bytes=size, block_bytes=1 << 18, source="gateway on loopback")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "adapter").mkdir()
@@ -58,65 +40,64 @@ def measure(size: int, rounds: int) -> dict[str, Any]:
             for _ in range(size >> 20):
                 file.write(os.urandom(1 << 20))
         packed = folder / "adapter.car"
-        cid = pack(folder / "adapter", packed)
-        gateway = _child("--serve", str(packed), stdout=subprocess.PIPE)
+        cid = str(pack(folder / "adapter", packed))
+        gateway = _child("--serve", str(packed))
         assert gateway.stdout
         url = gateway.stdout.readline().decode().strip()
-        found = []
         try:
-            for turn in range(rounds + 1):
-                one: dict[str, float] = {"sha256_s": _hash(packed)}
-                one |= _write(packed, folder / "written")
-                into = folder / f"into-{turn}"
-                child = _child(
-                    *("--fetch", url, str(cid), str(into), "--size", str(size)),
-                    stdout=subprocess.PIPE,
-                )
-                one |= json.loads(child.communicate()[0])
-                one["ratio"] = one["sha256_s"] / one["opened_s"]
-                one["ratio_synchronised"] = one["sha256_s"] / one["synchronised_s"]
-                subprocess.run(["rm", "-rf", str(into)], check=True)
+            for turn in range(plan.rounds + 1):
+                found: dict[str, float] = {}
+                for side in in_turn(turn, ("alone", "fetched")):
+                    if side == "alone":
+                        found |= {"sha256_s": hashed(packed)} | _write(packed, folder / "written")
+                    else:
+                        found |= _fetched(url, cid, folder / f"into-{turn}", size)
                 if turn:  # the first warms the page cache
-                    found.append(one)
+                    _note(record, found)
         finally:
             gateway.terminate()
             gateway.wait()
-    return {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "bytes": size,
-        "rounds": rounds,
-        "peak_bytes_above_idle": max(one.pop("peak") for one in found),
-        **{name: _spread([one[name] for one in found]) for name in found[0]},
-    }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+def _fetched(url: str, cid: str, into: Path, size: int) -> dict[str, float]:
+    child = _child("--fetch", url, cid, str(into), str(size))
+    found: dict[str, float] = json.loads(child.communicate()[0])
+    shutil.rmtree(into)
+    return found
 
 
-def _told(result: dict[str, Any]) -> str:
-    def spread(name: str) -> str:
-        it = result[name]
-        return f"{it['median']:.2f} ({it['least']:.2f} to {it['most']:.2f})"
-
-    return (
-        f"{result['bytes']} bytes, medians of {result['rounds']} rounds, seconds:\n"
-        f"  sha256 alone      {spread('sha256_s')}\n"
-        f"  disk alone        {spread('disk_s')}, of which its own thread "
-        f"{spread('disk_cpu_s')}\n"
-        f"  fetched: open     {spread('opened_s')}\n"
-        f"  fetched: on disk  {spread('synchronised_s')}\n"
-        f"sha256 alone / fetched: {spread('ratio')} until it can be opened, "
-        f"{spread('ratio_synchronised')} until it is on the disk\n"
-        f"peak {result['peak_bytes_above_idle'] / (1 << 20):.0f} MiB above idle"
+def _note(record: Record, found: dict[str, float]) -> None:
+    for name, key, peer, other, target in (
+        ("until it can be opened", "opened_s", "sha256 alone", "sha256_s", 0.6),
+        ("until it is on the disk", "synchronised_s", "sha256 alone", "sha256_s", None),
+        ("until it is on the disk", "synchronised_s", "writing alone", "disk_s", None),
+    ):
+        record.pair(
+            name,
+            "fetches/s",
+            ours=1 / found[key],
+            peer=1 / found[other],
+            sides=("fetch", peer),
+            target=Target(at_least=target) if target else None,
+            chart="A fetch, of what hashing or writing the same bytes alone does",
+        )
+    record.pair(
+        "memory above idle",
+        "MiB",
+        ours=found["peak"] / (1 << 20),
+        peer=found["idle"] / (1 << 20),
+        sides=("peak", "idle process"),
+        better="lower",
+        target=Target(of="ours", at_most=150),
     )
 
 
-def _child(*arguments: str, stdout: int) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-m", "benchmarks.fetch", *arguments], stdout=stdout)
+def _child(*arguments: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "benchmarks.fetch", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
-def _hash(path: Path) -> float:
+def hashed(path: Path) -> float:
     """Seconds of sha256 over the file in blocks of 256 KiB, on one core."""
     began = 0.0
     with path.open("rb") as file:
@@ -167,7 +148,7 @@ async def _fetch(url: str, cid: CID, folder: Path, size: int) -> dict[str, float
     for file in opened:
         os.fsync(file.fileno())
     synchronised_s = time.perf_counter() - began
-    return {"opened_s": opened_s, "synchronised_s": synchronised_s, "peak": peak}
+    return {"opened_s": opened_s, "synchronised_s": synchronised_s, "peak": peak, "idle": idle}
 
 
 def _memory(name: str) -> int:
@@ -179,4 +160,11 @@ def _memory(name: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    if "--serve" in sys.argv:
+        asyncio.run(_serve(Path(sys.argv[-1])))
+    elif "--fetch" in sys.argv:
+        asked_url, root, into_folder, bytes_ = sys.argv[-4:]
+        asked = _fetch(asked_url, CID.parse(root), Path(into_folder), int(bytes_))
+        print(json.dumps(asyncio.run(asked)))
+    else:
+        alone("fetch")

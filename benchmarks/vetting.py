@@ -1,68 +1,60 @@
 """Vetting an adapter, against what sha256 alone does, on one core.
 
-    python -m benchmarks.vetting [--size 1G] [--rounds 5] [--json]
+    r3mes-vllm bench vetting [--rounds 5]
 
 The file is in the page cache; each round hashes it and vets it, for each type of number.
 """
 
-import argparse
 import hashlib
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.harness import Plan, Record, alone, in_turn
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS, vet
-from r3mes_vllm.settings import parse_bytes
 
 _RANK, _INPUTS = 64, 4096
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=parse_bytes, default=1 << 30)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    os.sched_setaffinity(0, {0})
-    found = {
-        str(dtype).removeprefix("torch."): measure(dtype, options.size, options.rounds)
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    }
-    if options.json:
-        print(json.dumps(found, indent=1))
-        return
-    for name, it in found.items():
-        print(
-            f"{name}: {it['bytes_per_s'] / 1e9:.2f} GB/s, {it['ratio']:.2f} "
-            f"({it['lowest']:.2f} to {it['highest']:.2f}) of sha256"
-        )
+def run(plan: Plan, record: Record) -> None:
+    size = plan.pick(1 << 30, 1 << 24)
+    record.describe("none: no model", bytes=size, cores_used=1)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            _measured(plan, record, dtype, size)
+    finally:
+        os.sched_setaffinity(0, before)
 
 
-def measure(dtype: torch.dtype, size: int, rounds: int) -> dict[str, float]:
+def _measured(plan: Plan, record: Record, dtype: torch.dtype, size: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = _adapter(folder, dtype, size)
-        ratios, speeds = [], []
-        for turn in range(rounds + 1):
-            alone = _seconds(lambda: _hash(weights))
-            vetting = _seconds(lambda: vet(folder))
-            if turn:
-                ratios.append(alone / vetting)
-                speeds.append(weights.stat().st_size / vetting)
-    return {
-        "bytes_per_s": statistics.median(speeds),
-        "ratio": statistics.median(ratios),
-        "lowest": min(ratios),
-        "highest": max(ratios),
-    }
+        calls: dict[str, Callable[[], object]] = {
+            "sha256": partial(_hash, weights),
+            "vetting": partial(vet, folder),
+        }
+        for turn in range(plan.rounds + 1):
+            took = {kind: _seconds(calls[kind]) for kind in in_turn(turn, tuple(calls))}
+            if turn:  # the first warms the page cache
+                record.pair(
+                    str(dtype).removeprefix("torch."),
+                    "GB/s",
+                    ours=weights.stat().st_size / took["vetting"] / 1e9,
+                    peer=weights.stat().st_size / took["sha256"] / 1e9,
+                    sides=("vetting", "sha256"),
+                    chart="Vetting, of what sha256 does",
+                )
 
 
 def _adapter(folder: Path, dtype: torch.dtype, size: int) -> Path:
@@ -92,4 +84,4 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    alone("vetting")

@@ -1,0 +1,118 @@
+"""Streams of `/v1/completions`, with the moment of every token: the same client for all servers."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import aiohttp
+import numpy as np
+
+
+@dataclass
+class Answer:
+    asked_at: float
+    times: list[float] = field(default_factory=list)
+    """Of its pieces; a piece is a token, or several that came in one step."""
+    error: str = ""
+
+    @property
+    def first_s(self) -> float:
+        return self.times[0] - self.asked_at
+
+    @property
+    def gaps(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.times)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    model: str
+    prompt: int
+    """Tokens, random ones of `seed`."""
+    answer: int
+    """Tokens."""
+    seed: int = 0
+
+
+def session() -> aiohttp.ClientSession:
+    limits = aiohttp.ClientTimeout(total=None, sock_read=600)
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits)
+
+
+async def ask(http: aiohttp.ClientSession, url: str, asked: Asked) -> Answer:
+    """Never raises for what the server answers."""
+    rng = np.random.default_rng(asked.seed)
+    body = {
+        "model": asked.model,
+        "prompt": rng.integers(3, 250, asked.prompt).tolist(),
+        "max_tokens": asked.answer,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    answer = Answer(time.perf_counter())
+    try:
+        async with http.post(f"{url}/v1/completions", json=body) as response:
+            if response.status != 200:
+                answer.error = f"{response.status}: {(await response.text())[:300]}"
+                return answer
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    if b'"error"' in line[:20]:
+                        answer.error = line.decode(errors="replace")[:300]
+                    elif json.loads(line[6:])["choices"]:
+                        answer.times.append(time.perf_counter())
+    except aiohttp.ClientError as error:
+        answer.error = f"{type(error).__name__}: {error}"
+    if not answer.times and not answer.error:
+        answer.error = "an empty answer"
+    return answer
+
+
+async def at_once(http: aiohttp.ClientSession, url: str, asked: Sequence[Asked]) -> list[Answer]:
+    return list(await asyncio.gather(*(ask(http, url, it) for it in asked)))
+
+
+async def streams(
+    http: aiohttp.ClientSession, url: str, count: int, of: Callable[[int], Asked], for_s: float
+) -> dict[str, float]:
+    """`count` clients, each asking again as soon as it has its answer, until `for_s` are over.
+
+    Milliseconds until the first token and between tokens, and tokens a second. Raises RuntimeError
+    if a request fails.
+    """
+    answers: list[Answer] = []
+    began, number = time.perf_counter(), 0
+
+    async def client() -> None:
+        nonlocal number
+        while time.perf_counter() < began + for_s:
+            number += 1
+            answers.append(await ask(http, url, of(number)))
+
+    await asyncio.gather(*(client() for _ in range(count)))
+    took = time.perf_counter() - began
+    return latencies(answers) | {"tokens_per_s": sum(len(it.times) for it in answers) / took}
+
+
+def latencies(answers: Sequence[Answer]) -> dict[str, float]:
+    for it in answers:
+        if it.error:
+            raise RuntimeError(f"a request failed: {it.error}")
+    firsts = [it.first_s * 1000 for it in answers]
+    gaps = [gap * 1000 for it in answers for gap in it.gaps] or [0.0]
+    return {
+        "first_p50": at(firsts, 0.5),
+        "first_p99": at(firsts, 0.99),
+        "gap_p50": at(gaps, 0.5),
+        "gap_p99": at(gaps, 0.99),
+    }
+
+
+def at(values: Sequence[float], part: float) -> float:
+    """The quantile: the value that `part` of them do not exceed."""
+    ranked = sorted(values)
+    return ranked[min(int(len(ranked) * part), len(ranked) - 1)]

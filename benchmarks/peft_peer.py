@@ -1,0 +1,56 @@
+"""PEFT, one adapter at a time: the requests of each adapter are one batch, adapters one by one."""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import worker_told
+from benchmarks.side_by_side import jobs, tell
+
+
+def work(given: dict[str, Any]) -> None:
+    """As `cpu_lora.work`: answers with the seconds that a job takes."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, given["dtype"])
+    with torch.device(device):
+        if given["dummy"]:
+            config = AutoConfig.from_pretrained(given["model"])
+            base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(given["model"], dtype=dtype)
+    model: Any = base.to(device)
+    for number, folder in enumerate(given["adapters"]):
+        if number == 0:
+            model = PeftModel.from_pretrained(base, folder, adapter_name="a0")
+        else:
+            model.load_adapter(folder, adapter_name=f"a{number}")
+    model.eval()
+    most = model.config.vocab_size - 1
+    tell(None)
+    for job in jobs():
+        rng = np.random.default_rng(given["seed"])
+        prompts = rng.integers(min(1000, most // 2), most, (job["requests"], job["prompt"]))
+        began = time.perf_counter()
+        for number in range(min(job["adapters"], job["requests"])):
+            model.set_adapter(f"a{number}")
+            tokens = torch.tensor(prompts[number :: job["adapters"]], device=device)
+            with torch.inference_mode():
+                model.generate(
+                    input_ids=tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=job["answer"],
+                    min_new_tokens=job["answer"],
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+        tell(time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    work(json.loads(worker_told() or "{}"))

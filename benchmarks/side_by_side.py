@@ -1,0 +1,101 @@
+"""Peers measured in one run: each in a process of its own, one works while the others wait.
+
+The parent asks, `with Worker(__name__, told, ...) as worker: worker.ask(job)`; the worker is the
+same module started with `--worker`, and answers: `tell(None)` when it is ready, then each of
+`jobs()` with a `tell`.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+_ANSWER = "answer "
+_ENDS_S = 10
+
+
+class Worker:
+    """`plugins` is vLLM's choice: "r3mes" for ours, "none" for stock; `environment` is added."""
+
+    def __init__(self, module: str, told: Any, plugins: str, **environment: str) -> None:
+        name = sys.modules[module].__spec__
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", name.name if name else module, "--worker", json.dumps(told)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {
+                "VLLM_PLUGINS": plugins,
+                "VLLM_LOGGING_LEVEL": "ERROR",
+                "VLLM_CPU_KVCACHE_SPACE": "2",
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
+            | environment,
+            start_new_session=True,  # Ctrl-C is the parent's: it ends them all
+        )
+
+    def __enter__(self) -> "Worker":
+        self._answer()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        assert self._process.stdin
+        with suppress(OSError):
+            self._process.stdin.close()
+        if kind is None:
+            self._process.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):  # what is left of it
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_ENDS_S)
+
+    def ask(self, job: Any) -> Any:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                return json.loads(line.removeprefix(_ANSWER))
+        raise RuntimeError(f"the engine ended with {self._process.wait()}")
+
+
+def jobs() -> Iterator[Any]:
+    """What the parent asks, until it has no more."""
+    for line in iter(sys.stdin.readline, ""):
+        yield json.loads(line)
+
+
+def tell(answer: Any) -> None:
+    print(f"{_ANSWER}{json.dumps(answer)}", flush=True)
+
+
+def base_model() -> str:
+    from r3mes_vllm.engine.base_model import embedded_base_model
+
+    return str(embedded_base_model(Path(platformdirs.user_cache_dir("r3mes-vllm"))))
+
+
+def processor() -> str:
+    """With what decides how fast it multiplies."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    found = dict(line.partition(":")[::2] for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in found.items()}
+    flags = set(fields.get("flags", "").split()) & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
+    name = fields.get("model name", platform.machine())
+    return f"{name} ({', '.join(sorted(flags))})" if flags else name

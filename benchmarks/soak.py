@@ -1,0 +1,198 @@
+"""Loads, unloads, switches and traffic for an hour: does anything grow?
+
+    r3mes-vllm bench soak [--seconds 3600] [--rounds 5]
+
+One node: streams of the base model and of an adapter that stays, while others are put under a name,
+asked for, replaced by another version and taken away. The first sixth of the time warms up; each of
+the equal parts after it is a pair with the first of them.
+"""
+
+import asyncio
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+from benchmarks.client import Asked, ask, session
+from benchmarks.harness import Plan, Record, alone
+from benchmarks.results import Target
+from benchmarks.servers import Servers
+from benchmarks.shapes import adapter, shape_of
+from tests.in_store import put_in_store
+
+ADAPTERS, STREAMS = 6, 4
+
+
+@dataclass
+class Part:
+    """What a part of the time was like."""
+
+    mib: float = 0.0
+    """Resident at its end, of all the node's processes."""
+    descriptors: float = 0.0
+    cycles: int = 0
+    seconds: float = 0.0
+    errors: Counter[str] = field(default_factory=Counter)
+    requests: int = 0
+
+
+def run(plan: Plan, record: Record) -> None:
+    shape = shape_of(plan.model, plan.quick)
+    for_s = plan.lasts(3600, 18)
+    record.describe(
+        "greedy, end of text ignored",
+        dtype=plan.dtype,
+        seconds=for_s,
+        slots=2,
+        adapters=ADAPTERS,
+        rank=8,
+        streams=STREAMS,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        servers = Servers(plan, folder, slots=2, kept=4, rank=8, engines=1)
+        made = [
+            adapter(folder / f"a{number}", shape, seed=plan.seed * 100 + number)
+            for number in range(ADAPTERS + 1)
+        ]
+        cids = asyncio.run(_stored(folder / "node" / "cache", made[1:]))
+        with servers.node(loras={"stays": made[0]}) as node:
+            tree = psutil.Process(node.process.pid)
+            models = (servers.name, "stays")
+            asyncio.run(_measured(plan, record, node.url, tree, models, cids, for_s))
+
+
+async def _stored(cache: Path, folders: list[Path]) -> list[str]:
+    return [await put_in_store(cache, folder) for folder in folders]
+
+
+async def _measured(
+    plan: Plan,
+    record: Record,
+    url: str,
+    tree: psutil.Process,
+    models: tuple[str, str],
+    cids: list[str],
+    for_s: float,
+) -> None:
+    part_s = for_s * 5 / 6 / (plan.rounds + 1)
+    async with session() as http:
+        before = await _part(http, url, tree, models, cids, for_s / 6)
+        record.note(f"warm-up: {before.cycles} cycles, {before.mib:.0f} MiB")
+        first: Part | None = None
+        for _ in range(plan.rounds + 1):
+            it = await _part(http, url, tree, models, cids, part_s)
+            if first is None:
+                first = it
+            else:
+                _note(record, it, first, before)
+            before = it
+
+
+async def _part(
+    http: aiohttp.ClientSession,
+    url: str,
+    tree: psutil.Process,
+    models: tuple[str, str],
+    cids: list[str],
+    for_s: float,
+) -> Part:
+    part = Part()
+    ends = time.monotonic() + for_s
+
+    async def stream(number: int) -> None:
+        count = 0
+        while time.monotonic() < ends:
+            count += 1
+            answer = await ask(http, url, Asked(models[number % 2], 16, 64, number + 1000 * count))
+            part.requests += 1
+            if answer.error:
+                part.errors[answer.error[:60]] += 1
+
+    async def churn() -> None:
+        while time.monotonic() < ends:
+            cid, other = (cids[(part.cycles + i) % len(cids)] for i in (0, 1))
+            for method, path, body in (
+                ("POST", "/adapters", {"name": "passing", "cid": cid}),
+                ("POST", "/chat", {"message": "hi", "lora_name": "passing", "max_tokens": 4}),
+                ("POST", "/adapters", {"name": "passing", "cid": other}),
+                ("POST", "/chat", {"message": "hi", "lora_name": "passing", "max_tokens": 4}),
+                ("DELETE", "/adapters/passing", None),
+            ):
+                async with http.request(method, url + path, json=body) as answer:
+                    await answer.read()
+                    part.requests += 1
+                    if not answer.ok:
+                        part.errors[f"{method} {path}: {answer.status}"] += 1
+            part.cycles += 1
+
+    began = time.monotonic()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(churn())
+        for number in range(STREAMS):
+            tasks.create_task(stream(number))
+    part.seconds = time.monotonic() - began
+    processes = (tree, *tree.children(recursive=True))
+    part.mib = sum(it.memory_info().rss for it in processes) / (1 << 20)
+    part.descriptors = float(sum(it.num_fds() for it in processes))
+    return part
+
+
+def _note(record: Record, part: Part, first: Part, before: Part) -> None:
+    sides = ("later part", "first part")
+    chart = "A node after hours, of the same node at the start"
+    record.pair(
+        "memory",
+        "MiB",
+        ours=part.mib,
+        peer=first.mib,
+        sides=sides,
+        better="lower",
+        chart=chart,
+    )
+    record.pair(
+        "memory a hundred cycles",
+        "MiB",
+        ours=(part.mib - before.mib) / max(part.cycles, 1) * 100,
+        peer=None,
+        sides=("growth in a part", "none"),
+        better="lower",
+        target=Target(of="ours", at_most=1.0),
+    )
+    record.pair(
+        "open descriptors",
+        "descriptors",
+        ours=part.descriptors,
+        peer=first.descriptors,
+        sides=sides,
+        better="lower",
+        target=Target(at_most=1.1),
+        chart=chart,
+    )
+    record.pair(
+        "loads, switches, unloads",
+        "cycles/s",
+        ours=part.cycles / part.seconds,
+        peer=first.cycles / first.seconds,
+        sides=sides,
+        chart=chart,
+    )
+    record.pair(
+        "requests that failed",
+        "of all",
+        ours=sum(part.errors.values()) / part.requests,
+        peer=sum(first.errors.values()) / first.requests,
+        sides=sides,
+        better="lower",
+        target=Target(of="ours", at_most=0),
+    )
+    for error, count in part.errors.most_common(5):
+        record.note(f"{count} times {error}")
+
+
+if __name__ == "__main__":
+    alone("soak")
