@@ -4,6 +4,7 @@ What is in it can't be fetched again: the node's key, hence its wallet. A step t
 be broken off by a power cut at any point, and is then made again from its beginning.
 """
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -35,8 +36,7 @@ def prepare(folder: Path, steps: Sequence[Step] = STEPS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        message = f"can't use the state directory {folder}: {error.strerror}"
-        raise ConfigError(message, hint=_HINT) from error
+        raise _unusable(folder, error) from error
     try:
         fcntl.flock(held, fcntl.LOCK_EX)  # another start may be at it
         found = _found(folder)
@@ -50,8 +50,7 @@ def prepare(folder: Path, steps: Sequence[Step] = STEPS) -> None:
             step(folder)
             _write(folder, number)
     except OSError as error:
-        message = f"can't use the state directory {folder}: {error.strerror}"
-        raise ConfigError(message, hint=_HINT) from error
+        raise _unusable(folder, error) from error
     finally:
         os.close(held)
 
@@ -62,11 +61,16 @@ def used_by_a_node(folder: Path) -> Iterator[None]:
 
     The lock is the process's own, so that neither children nor `exec` keep it.
     """
-    held = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        held = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unusable(folder, error) from error
     try:
         try:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise _unusable(folder, error) from error
             other = os.read(held, 20).decode(errors="replace").strip() or "unknown"
             raise ConfigError(
                 f"another node runs with the state directory {folder}: process {other}",
@@ -79,9 +83,13 @@ def used_by_a_node(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
+def _unusable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"can't use the state directory {folder}: {error.strerror}", hint=_HINT)
+
+
 def _found(folder: Path) -> int:
     try:
-        text = (folder / _VERSION).read_text().strip()
+        text = (folder / _VERSION).read_text(errors="replace").strip()
     except FileNotFoundError:
         return 0
     if not text.isascii() or not text.isdigit():
@@ -93,9 +101,16 @@ def _found(folder: Path) -> int:
 
 
 def _write(folder: Path, number: int) -> None:
+    for left in folder.glob(f".{_VERSION}.*"):  # by a start that was broken off
+        left.unlink()
     fd, aside = tempfile.mkstemp(dir=folder, prefix=f".{_VERSION}.")
     with open(fd, "w") as file:
         file.write(f"{number}\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, folder / _VERSION)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

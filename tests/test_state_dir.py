@@ -1,5 +1,7 @@
 """The state directory's layout, and who uses it."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -42,9 +44,9 @@ def test_one_of_a_later_version_is_left_as_it_is(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("text", ["", "one", "-1", "²"])
+@pytest.mark.parametrize("text", ["", "one", "-1", "²", "\xff"])
 def test_a_number_that_is_none_is_said(tmp_path: Path, text: str) -> None:
-    (tmp_path / "version").write_text(text)
+    (tmp_path / "version").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match="not the number"):
         prepare(tmp_path)
 
@@ -68,6 +70,27 @@ def test_a_file_in_its_place_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="can't use the state directory"):
         prepare(tmp_path / "file")
+
+
+def test_a_file_that_can_not_be_locked_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(ConfigError, match="No locks available"), used_by_a_node(tmp_path):
+        pass
+    (tmp_path / "node.lock").unlink()
+    (tmp_path / "node.lock").mkdir()
+    with pytest.raises(ConfigError, match="Is a directory"), used_by_a_node(tmp_path):
+        pass
+
+
+def test_what_a_broken_off_start_left_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / ".version.x").write_text("1")
+    prepare(tmp_path)
+    assert contents(tmp_path) == {"version": f"{len(STEPS)}\n"}
 
 
 HOLDS = (
