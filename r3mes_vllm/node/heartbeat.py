@@ -51,6 +51,8 @@ class Registration:
         """Why the last try failed; empty if it did not."""
         self.upgrade = ""
         """Why another version should be installed; empty if nothing is known of one."""
+        self.outdated = False
+        """The backend sends nothing to a node of this version."""
 
     def adapters_changed(self) -> None:
         """Register again soon: the existing backend learns of a node's adapters in no other way."""
@@ -137,7 +139,8 @@ class Registration:
     def _heed(self, told: Told) -> None:
         """What the backend says of versions; each change is said once."""
         before, self.upgrade = self.upgrade, ""
-        if is_older(__version__, told.required_version):
+        self.outdated = is_older(__version__, told.required_version)
+        if self.outdated:
             self.upgrade = (
                 f"the backend sends no requests to nodes before version {told.required_version}, "
                 f"and this is {__version__}"
@@ -145,7 +148,10 @@ class Registration:
         elif is_older(__version__, told.latest_version):
             self.upgrade = f"version {told.latest_version} is out, and this is {__version__}"
         if self.upgrade and self.upgrade != before:
-            warn(f"{self.upgrade}; try: git pull && make setup, then start the node again")
+            warn(
+                f"{self.upgrade}; try: git pull && make setup, or pull the newer image; then start "
+                "the node again"
+            )
 
     def _complain(self, error: BackendError) -> None:
         """The first of a row of equal failures is enough for a reader."""

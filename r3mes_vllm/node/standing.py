@@ -125,7 +125,7 @@ def _of_network(reading: Reading, node: dict[str, Any]) -> str:
     backend, public = node["backend"], node["public_url"]
     if node["beat_trouble"]:
         return f"No requests come because the node is not registered: {node['beat_trouble']}."
-    if node.get("upgrade") and "no requests" in node["upgrade"]:
+    if node.get("outdated"):
         return f"No requests come because {node['upgrade']}."
     if node["beat_age_s"] is None:
         return f"No requests come yet: the node has not registered with {backend} so far."

@@ -70,6 +70,7 @@ async def status(request: Request) -> JSONResponse:
             "beat_age_s": None if accepted is None else round(time.monotonic() - accepted, 1),
             "beat_trouble": (registration.trouble if registration else "") or None,
             "upgrade": (registration.upgrade if registration else "") or None,
+            "outdated": bool(registration and registration.outdated),
             "adapters": [view(it) for it in node.host.versions],
             "requests": {name: _counted(it) for name, it in standing.measures.by_name().items()},
             "refusals": list(standing.refusals),

@@ -180,6 +180,7 @@ async def test_a_node_is_told_of_another_version(
         await until(lambda: registration.beats["accepted"] >= 3)
         assert said in registration.upgrade
         assert "99.1" in registration.upgrade
+        assert registration.outdated == (setting == "required_node_version")
     assert capfd.readouterr().err.count("make setup") == 1
     same = given.model_copy(update={setting: __version__})
     async with serving(create_app(same)) as url, registered(url) as registration:

@@ -50,7 +50,7 @@ CASES: list[tuple[Reading, str]] = [
     (Reading("u", node=document(backend=None)), "its backend's program alone"),
     (Reading("u", node=document(beat_trouble="the backend said no")), "the backend said no"),
     (Reading("u", node=document(beat_age_s=None)), "has not registered"),
-    (Reading("u", node=document(upgrade="it sends no requests to old ones")), "to old ones"),
+    (Reading("u", node=document(upgrade="it is old", outdated=True)), "it is old"),
     (Reading("u", node=document(beat_age_s=61.0)), "61 s ago"),
     (Reading("u", node=document(), list_trouble="404"), "can't be told"),
     (Reading("u", node=document()), "does not list this node"),
