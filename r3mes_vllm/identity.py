@@ -34,9 +34,12 @@ class Identity:
     key: Ed25519PrivateKey
 
     @classmethod
-    def load(cls, state_dir: Path) -> "Identity":
-        """Read `node.key` (PEM, mode 0600) from `state_dir`, or make it there."""
+    def load(cls, state_dir: Path, *, make: bool = True) -> "Identity":
+        """Read `node.key` (PEM, mode 0600) from `state_dir`, or make it there. Without `make`, one
+        that is nowhere kept if no node was started with this folder."""
         path = state_dir / _KEY_FILE
+        if not make and not path.exists():
+            return cls(Ed25519PrivateKey.generate())
         pem = _kept(path, _new_key)
         try:
             key = load_pem_private_key(pem, password=None)

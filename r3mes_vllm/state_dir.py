@@ -39,13 +39,7 @@ def prepare(folder: Path, steps: Sequence[Step] = STEPS) -> None:
         raise _unusable(folder, error) from error
     try:
         fcntl.flock(held, fcntl.LOCK_EX)  # another start may be at it
-        found = _found(folder)
-        if found > len(steps):
-            raise ConfigError(
-                f"{folder} was made by a newer r3mes-vllm: its layout is {found}, and {len(steps)} "
-                "is the newest that this one knows",
-                hint="upgrade r3mes-vllm, or set R3MES_STATE_DIR to another folder",
-            )
+        found = refuse_newer(folder, steps)
         for number, step in enumerate(steps[found:], found + 1):
             step(folder)
             _write(folder, number)
@@ -53,6 +47,18 @@ def prepare(folder: Path, steps: Sequence[Step] = STEPS) -> None:
         raise _unusable(folder, error) from error
     finally:
         os.close(held)
+
+
+def refuse_newer(folder: Path, steps: Sequence[Step] = STEPS) -> int:
+    """The number of its layout, 0 where there is none. Raises ConfigError for a later version's."""
+    found = _found(folder)
+    if found > len(steps):
+        raise ConfigError(
+            f"{folder} was made by a newer r3mes-vllm: its layout is {found}, and {len(steps)} "
+            "is the newest that this one knows",
+            hint="upgrade r3mes-vllm, or set R3MES_STATE_DIR to another folder",
+        )
+    return found
 
 
 @contextmanager
@@ -92,6 +98,8 @@ def _found(folder: Path) -> int:
         text = (folder / _VERSION).read_text(errors="replace").strip()
     except FileNotFoundError:
         return 0
+    except OSError as error:
+        raise _unusable(folder, error) from error
     if not text.isascii() or not text.isdigit():
         raise ConfigError(
             f"{folder / _VERSION} is not the number of a layout: {text[:40]!r}",

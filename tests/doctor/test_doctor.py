@@ -184,6 +184,39 @@ async def backend(tmp_path: Path) -> AsyncIterator[str]:
         yield url
 
 
+async def test_the_backend_calls_back_and_nothing_is_made_for_it(
+    tmp_path: Path, backend: str
+) -> None:
+    given = settings(tmp_path, backend_url=backend)
+    assert (await checks_network.public_url(given)).status == "ok"
+    assert not given.state_dir.exists()
+
+
+async def test_a_port_that_the_backend_does_not_reach_is_to_be_forwarded(
+    tmp_path: Path, backend: str
+) -> None:
+    closed = f"http://127.0.0.1:{free_port()}"
+    given = settings(tmp_path, backend_url=backend, serving_node_url=closed)
+    found = await checks_network.public_url(given)
+    assert found.status == "fail"
+    assert f"port {given.serving_node_port} is not reachable from outside" in found.message
+    assert found.fix.startswith("forward it to ")
+
+
+async def test_a_state_directory_of_a_later_version_is_said(tmp_path: Path, backend: str) -> None:
+    given = settings(tmp_path, backend_url=backend)
+    given.state_dir.mkdir()
+    (given.state_dir / "version").write_text("99\n")
+
+    async def check() -> Finding:
+        return await checks_network.public_url(given)
+
+    (found,) = await examine({"public URL": check})
+    assert found.status == "fail"
+    assert "newer r3mes-vllm" in found.message
+    assert [it.name for it in given.state_dir.iterdir()] == ["version"]
+
+
 async def test_what_loras_names_must_be_registered(tmp_path: Path, backend: str) -> None:
     given = settings(tmp_path, backend_url=backend)
     assert (await checks_adapters.registered(given)).status == "warn"
