@@ -13,6 +13,9 @@ import pytest
 
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.state_dir import STEPS, Step, prepare, used_by_a_node
+from tests.backend.stand_ins import LEGAL_CID
+from tests.cli.test_cli import run
+from tests.programs import free_port
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -100,15 +103,39 @@ HOLDS = (
 )
 
 
-def test_two_nodes_can_not_use_it_and_a_killed_one_does_not(tmp_path: Path) -> None:
+def holder(folder: Path) -> "subprocess.Popen[str]":
+    """A process that uses it until its input ends."""
     other = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(tmp_path)],
+        [sys.executable, "-c", HOLDS, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert other.stdout
     assert other.stdout.readline() == "held\n"
+    return other
+
+
+def test_a_second_serve_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    other = holder(tmp_path)
+    backend = ("--backend-url", f"http://127.0.0.1:{free_port()}")
+    where = ("--host", "127.0.0.1", "--port", str(free_port()))
+    found = run(
+        "serve",
+        *(*where, *backend, "--loras", f"legal={LEGAL_CID}"),
+        cwd=tmp_path,
+        R3MES_STATE_DIR=str(tmp_path),
+    )
+    other.communicate()
+    assert found.returncode == 2
+    assert f"another node runs with the state directory {tmp_path}" in found.stderr
+    assert f"process {other.pid}" in found.stderr
+    assert "R3MES_STATE_DIR and --port" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_two_nodes_can_not_use_it_and_a_killed_one_does_not(tmp_path: Path) -> None:
+    other = holder(tmp_path)
     with (
         pytest.raises(ConfigError, match=f"process {other.pid}") as caught,
         used_by_a_node(tmp_path),
