@@ -20,9 +20,9 @@ from tests.docs.checks import check
 from tests.embedded import Embedded
 from tests.programs import free_port, program
 
-_COMMAND_S = 100.0
+_COMMAND_S = 300.0
 _LONG_LIVED = {"serve", "backend"}
-_VERIFIED_S, _STARTS_S = 90.0, 60.0
+_VERIFIED_S, _STARTS_S = 300.0, 180.0
 
 
 @dataclass
