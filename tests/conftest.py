@@ -23,7 +23,7 @@ pytest_plugins = [
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so their programs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-NODE_STARTS_S = 180
+NODE_STARTS_S = 300
 HEARTBEAT_S = 1.0
 
 

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.in_store import put_in_store
 from tests.programs import Program, free_port, program, wait_until
 
-NODE_STARTS_S = 180.0
+NODE_STARTS_S = 300.0
 
 
 @dataclass

@@ -1,16 +1,10 @@
 """Settings of a node that nobody else has."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
 from r3mes_vllm.settings import Settings, load
-
-
-def free_port() -> int:
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        return int(it.getsockname()[1])
+from tests.programs import free_port
 
 
 def settings(tmp_path: Path, **given: Any) -> Settings:

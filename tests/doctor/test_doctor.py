@@ -26,7 +26,8 @@ from r3mes_vllm.settings import load
 from r3mes_vllm.wire import RegisterLora
 from tests.backend.stand_ins import LEGAL_CID, serving
 from tests.cli.test_cli import run
-from tests.doctor.given import free_port, settings
+from tests.doctor.given import settings
+from tests.programs import free_port
 
 DOCS = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 

@@ -295,6 +295,7 @@ async def main() -> None:
         AsyncEngineArgs(
             model,
             enable_lora=True,
+            dtype="float32",  # in bf16 a near tie falls otherwise in another batch
             max_loras=2,
             max_cpu_loras=8,
             max_lora_rank=8,
