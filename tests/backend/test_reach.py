@@ -9,7 +9,8 @@ from r3mes_vllm.identity import Identity
 from r3mes_vllm.node.doctor import checks_network
 from tests.backend.conftest import StartBackend
 from tests.backend.stand_ins import Network
-from tests.doctor.given import free_port, settings
+from tests.doctor.given import settings
+from tests.programs import free_port
 
 
 @pytest.fixture
