@@ -43,6 +43,7 @@ def prepare(folder: Path, steps: Sequence[Step] = STEPS) -> None:
         for number, step in enumerate(steps[found:], found + 1):
             step(folder)
             _write(folder, number)
+            os.fsync(held)
     except OSError as error:
         raise _unusable(folder, error) from error
     finally:
@@ -117,8 +118,3 @@ def _write(folder: Path, number: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, folder / _VERSION)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -16,10 +16,9 @@ import pytest
 from r3mes_vllm import ServingNode
 from r3mes_vllm.settings import Settings, load
 from tests import tiny
+from tests.conftest import NODE_STARTS_S
 from tests.in_store import put_in_store
 from tests.programs import Program, free_port, program, wait_until
-
-NODE_STARTS_S = 300.0
 
 
 @dataclass

@@ -26,8 +26,7 @@ from r3mes_vllm.cli.options import (
     Insecure,
     Json,
 )
-from r3mes_vllm.cli.wanted import Model, What, find_wanted, print_json, settings_of, tell
-from r3mes_vllm.engine.model import served_name, shape_of
+from r3mes_vllm.cli.wanted import Model, What, base_of, find_wanted, print_json, settings_of, tell
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.identity import Identity
 from r3mes_vllm.ipfs.pack import pack as pack_folder
@@ -59,7 +58,7 @@ def inspect(
         backend_ca=backend_ca,
         insecure=insecure,
     )
-    base = shape_of(given.model, served_name(given.model)) if given.model else None
+    base = base_of(given)
 
     async def look() -> inspection.Inspection:
         wanted = await find_wanted(given, what)
@@ -138,7 +137,7 @@ def publish(
         backend_ca=backend_ca,
         insecure=insecure,
     )
-    base = shape_of(given.model, served_name(given.model)) if given.model else None
+    base = base_of(given)
     checked_name(name)
     prompt = read_system_prompt(system_prompt) if system_prompt is not None else None
     admin_key = _first_line(admin_key_file) if admin_key_file else None

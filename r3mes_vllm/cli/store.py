@@ -23,13 +23,13 @@ from r3mes_vllm.cli.options import (
 )
 from r3mes_vllm.cli.wanted import (
     Model,
+    base_of,
     find_wanted,
     print_json,
     require_path_or_name,
     settings_of,
     tell,
 )
-from r3mes_vllm.engine.model import served_name, shape_of
 from r3mes_vllm.errors import UnknownAdapter
 from r3mes_vllm.report import Downloads, say, warn
 from r3mes_vllm.settings import Settings
@@ -57,7 +57,7 @@ def pull(
         backend_ca=backend_ca,
         insecure=insecure,
     )
-    base = shape_of(given.model, served_name(given.model)) if given.model else None
+    base = base_of(given)
 
     async def run() -> dict[str, Any]:
         wanted = await find_wanted(given, what)

@@ -10,6 +10,8 @@ import typer
 from r3mes_vllm import settings
 from r3mes_vllm.adapters.catalog import Catalog, Wanted
 from r3mes_vllm.adapters.files import short
+from r3mes_vllm.adapters.model_shape import ModelShape
+from r3mes_vllm.engine.model import served_name, shape_of
 from r3mes_vllm.errors import BackendError, ConfigError
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.report import say, warn
@@ -47,6 +49,11 @@ def settings_of(
         },
         config,
     )
+
+
+def base_of(given: Settings) -> ModelShape | None:
+    """What the adapter must fit, where `--model` says. Raises ConfigError if that is no model."""
+    return shape_of(given.model, served_name(given.model)) if given.model else None
 
 
 async def find_wanted(given: Settings, what: str) -> Wanted:
