@@ -29,15 +29,17 @@ def free_port() -> int:
             return port
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Poll until `condition`; a refused connection is not yet."""
+def wait_until(
+    condition: Callable[[], bool], seconds: float, what: str, told: Callable[[], str] = str
+) -> None:
+    """Poll until `condition`; a refused connection is not yet. `told` is shown if it never is."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
             if condition():
                 return
         time.sleep(0.05)
-    raise AssertionError(f"waited {seconds} s for {what}")
+    raise AssertionError(f"waited {seconds} s for {what}\n{told()[-3000:]}")
 
 
 async def wait_until_async(condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -63,7 +65,7 @@ class Program:
                 raise AssertionError(f"it ended with {self.process.returncode}:\n{self.output()}")
             return httpx.get(self.url + path).is_success
 
-        wait_until(answers, seconds, f"{self.url}{path}:\n{self.output()[-3000:]}")
+        wait_until(answers, seconds, self.url + path, self.output)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
         self.process.send_signal(number)

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+import torch
 from vllm.config import ParallelConfig, SchedulerConfig
 from vllm.platforms import current_platform
 
@@ -29,6 +30,7 @@ def register() -> None:
     logging.getLogger("vllm.v1.structured_output").addFilter(_is_no_mistake)
     if current_platform.is_cpu():
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: CPU_WRAPPER)
+        torch.cpu._init_amx()  # Linux kills who uses these tiles unasked, as vLLM's attention does
     grammars.bound()
     SchedulerConfig.get_scheduler_cls = _fair_scheduler
     ParallelConfig.__post_init__ = _with_staging

@@ -17,7 +17,13 @@ def seed() -> int:
 
 
 async def test_what_looks_complete_is(tmp_path: Path, seed: int) -> None:
-    await chaos(tmp_path, seconds=10, seed=seed, clients=10, nodes=8)
+    for number in range(6):  # on a busy machine few answers begin at all
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found = await chaos(folder, seconds=10, seed=seed + number, clients=10, nodes=8)
+        if found["moved"]:
+            return
+    raise AssertionError(f"nothing moved: {dict(found)}")
 
 
 async def test_killed_nodes_are_not_noticed(tmp_path: Path, seed: int) -> None:

@@ -100,22 +100,23 @@ class Breaking:
 
     node_url: str
     asked: Callable[[], Awaitable[None]]
-    """Called with each connection."""
+    """Called before a request goes on."""
     after: int = 0
     cuts: int = 0
+    _left: int = 0
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self.asked()
         url = urlsplit(self.node_url)
         there, to_node = await asyncio.open_connection(url.hostname, url.port)
-        asking = asyncio.create_task(_copy(reader, to_node))
-        left = self.after
+        asking = asyncio.create_task(self._ask(reader, to_node))
         try:
-            while left and (piece := await there.read(left)):
-                left -= len(piece)
-                writer.write(piece)
+            while piece := await there.read(1 << 16):
+                writer.write(piece[: self._left])
                 await writer.drain()
-            self.cuts += not left
+                self._left -= min(len(piece), self._left)
+                if not self._left:
+                    self.cuts += 1
+                    break
         except OSError:
             pass
         finally:
@@ -123,13 +124,15 @@ class Breaking:
             for each in (writer, to_node):
                 each.close()
 
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while piece := await reader.read(1 << 16):
-            writer.write(piece)
-    except OSError:
-        return
+    async def _ask(self, reader: asyncio.StreamReader, to_node: asyncio.StreamWriter) -> None:
+        """All requests of a connection: it is kept where an answer did not break off."""
+        try:
+            while piece := await reader.read(1 << 16):
+                self._left = self.after
+                await self.asked()
+                to_node.write(piece)
+        except OSError:
+            return
 
 
 @dataclass
