@@ -18,6 +18,7 @@ from r3mes_vllm.adapters import shipped
 from r3mes_vllm.errors import BadCID, ConfigError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.path import IpfsPath
+from r3mes_vllm.state_dir import refuse_newer
 from r3mes_vllm.wire import SYSTEM_PROMPT_CHARACTERS, AdapterName, Lora
 
 _NAME = TypeAdapter(AdapterName)
@@ -45,6 +46,7 @@ class Catalog:
     """`registry` is the backend's list of adapters, or None while it can't be reached."""
 
     def __init__(self, state_dir: Path, registry: Sequence[Lora] | None) -> None:
+        refuse_newer(state_dir)
         self._state_dir = state_dir
         self._registry = registry
         if registry is None:

@@ -2,6 +2,7 @@
 
 import errno
 import ipaddress
+import math
 import socket
 import sys
 
@@ -16,14 +17,12 @@ from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.errors import ConfigError, PortTaken, R3mesError
 from r3mes_vllm.settings import Settings
 
-_GRACE_S = 10
-"""Seconds that running answers get to finish after SIGINT or SIGTERM."""
-
 _BACKLOG = 2048
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM, which is raised again once all is closed.
+    """Serve until SIGINT or SIGTERM, which is raised again once all is closed: running answers have
+    the drain's time to finish, or until a second SIGINT.
 
     Raises PortTaken or ConfigError before anything is served: no database, bad settings.
     """
@@ -47,7 +46,7 @@ async def serve(settings: Settings) -> None:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=_GRACE_S,
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
         )
         line = f"backend listens on {_url(sockets[0])}, database {database}"
         await _Announced(config, line).serve(sockets=sockets)

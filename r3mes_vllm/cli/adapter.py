@@ -143,6 +143,8 @@ def publish(
     admin_key = _first_line(admin_key_file) if admin_key_file else None
     if not given.insecure:
         refuse_plain_http(given.backend)
+    state_dir.prepare(given.state_dir)
+    signer = Signer(Identity.load(given.state_dir))
 
     async def run() -> str:
         cid, facts = await publish_adapter(directory, api=given.ipfs_api_url, base=base)
@@ -157,8 +159,6 @@ def publish(
             size_bytes=facts.size,
             rank=facts.rank,
         )
-        state_dir.prepare(given.state_dir)
-        signer = Signer(Identity.load(given.state_dir))
         async with BackendClient.of(given, signer) as client:
             await client.register_lora(lora, admin_key=admin_key)
         return str(cid)

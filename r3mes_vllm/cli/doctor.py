@@ -23,6 +23,7 @@ from r3mes_vllm.cli.options import (
     Port,
     PublicUrl,
 )
+from r3mes_vllm.state_dir import refuse_newer
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 
@@ -62,6 +63,7 @@ def doctor(
         },
         config,
     )
+    refuse_newer(given.state_dir)
     from r3mes_vllm.node.doctor.checks import checks
     from r3mes_vllm.node.doctor.findings import Finding, examine
 

@@ -4,7 +4,7 @@ import asyncio
 import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -99,6 +99,9 @@ class NodeEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         self._settings = settings.load()
         state_dir.prepare(self._settings.state_dir)
+        if not Early.current:  # plain `vllm serve`: this process has not taken it yet
+            self._in_use = ExitStack()
+            self._in_use.enter_context(state_dir.used_by_a_node(self._settings.state_dir))
         app.include_router(chat.router)
         app.include_router(health.router)
         app.include_router(admin.router)

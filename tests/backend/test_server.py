@@ -1,18 +1,22 @@
 """The backend as a program of its own."""
 
+import asyncio
+import contextlib
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
 from r3mes_vllm import __version__
 from r3mes_vllm.backend.database import database_url
@@ -20,7 +24,7 @@ from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.backend.server import listen, run, warnings
 from r3mes_vllm.errors import ConfigError, PortTaken
 from r3mes_vllm.settings import load
-from tests.backend.stand_ins import unused_port
+from tests.backend.stand_ins import Clock, Network, StandIn, serving, unused_port
 
 PROGRAM = (
     "import json, sys; from r3mes_vllm.settings import load; "
@@ -62,6 +66,48 @@ def test_it_says_where_it_listens_and_ends_when_told(tmp_path: Path, stop: signa
         assert process.stdout.read() == ""
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+@pytest.mark.parametrize(("drain_s", "is_whole"), [(20, True), (1, False)])
+async def test_an_answer_under_way_has_the_drains_time(
+    tmp_path: Path, drain_s: float, is_whole: bool
+) -> None:
+    rest = asyncio.Event()
+
+    async def slowly(request: Request) -> Response:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"half "
+            await rest.wait()
+            yield b"whole"
+
+        return StreamingResponse(body(), media_type="text/plain")
+
+    given = {
+        "database_url": f"sqlite:///{tmp_path}/b.sqlite3",
+        "allow_private_nodes": True,
+        "drain_timeout": drain_s,
+    }
+    url = f"http://127.0.0.1:{(port := unused_port())}"
+    async with (
+        serving(StandIn(slowly)) as node,
+        httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http,
+    ):
+        with program(backend_port=port, **given) as process:
+            assert process.stdout
+            await asyncio.to_thread(process.stdout.readline)
+            await Network(url, http, Clock()).register(node, "legal")
+            asked = {"message": "hi", "lora_name": "legal"}
+            said = b""
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                async with http.stream("POST", "/chat", json=asked) as answer:
+                    async for piece in answer.aiter_raw():
+                        said += piece
+                        if said == b"half ":
+                            process.terminate()
+                            await asyncio.sleep(3)
+                            rest.set()
+            assert said == (b"half whole" if is_whole else b"half ")
+            await asyncio.to_thread(process.wait, STOPS_S)
 
 
 def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:

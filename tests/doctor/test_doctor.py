@@ -4,7 +4,9 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
+import time
 from collections import namedtuple
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,13 +23,13 @@ from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.node.doctor import checks_adapters, checks_engine, checks_local, checks_network
 from r3mes_vllm.node.doctor.checks import checks
 from r3mes_vllm.node.doctor.checks_engine import Gpu
-from r3mes_vllm.node.doctor.findings import Finding, examine
+from r3mes_vllm.node.doctor.findings import TIMEOUT_S, Finding, examine
 from r3mes_vllm.settings import load
 from r3mes_vllm.wire import RegisterLora
 from tests.backend.stand_ins import LEGAL_CID, serving
 from tests.cli.test_cli import run
 from tests.doctor.given import settings
-from tests.programs import free_port
+from tests.programs import free_port, program
 
 DOCS = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 
@@ -204,18 +206,27 @@ async def test_a_port_that_the_backend_does_not_reach_is_to_be_forwarded(
     assert found.fix.startswith("forward it to ")
 
 
-async def test_a_state_directory_of_a_later_version_is_said(tmp_path: Path, backend: str) -> None:
-    given = settings(tmp_path, backend_url=backend)
-    given.state_dir.mkdir()
-    (given.state_dir / "version").write_text("99\n")
-
-    async def check() -> Finding:
-        return await checks_network.public_url(given)
-
-    (found,) = await examine({"public URL": check})
-    assert found.status == "fail"
-    assert "newer r3mes-vllm" in found.message
-    assert [it.name for it in given.state_dir.iterdir()] == ["version"]
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("doctor",),
+        ("adapter", "publish", ".", "--name", "mine"),
+        ("adapter", "pull", "legal"),
+        ("serve", "--loras", "legal", "--host", "127.0.0.1"),
+    ],
+    ids=" ".join,
+)
+def test_a_state_directory_of_a_later_version_is_said(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "version").write_text("99\n")
+    found = run(*command, cwd=tmp_path, R3MES_STATE_DIR=str(state))
+    assert found.returncode == 2, found.stderr
+    assert "newer r3mes-vllm" in found.stderr
+    assert "try: upgrade r3mes-vllm" in found.stderr
+    assert [it.name for it in state.iterdir()] == ["version"]
 
 
 async def test_what_loras_names_must_be_registered(tmp_path: Path, backend: str) -> None:
@@ -284,3 +295,15 @@ def test_the_command_says_it_all_and_fails_for_one(tmp_path: Path, as_json: bool
     else:
         assert "FAIL backend: http://127.0.0.1:9 can't be reached" in found.stdout
         assert re.search(r"\d+ checks, \d+ failed\n$", found.stdout)
+
+
+def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with program(tmp_path, "doctor", "--port", str(free_port()), "--backend-url", url) as it:
+            silent.settimeout(60)
+            silent.accept()
+            began = time.monotonic()
+            assert it.stop(signal.SIGINT) == 130
+            assert time.monotonic() - began < TIMEOUT_S / 2
+            assert "Traceback" not in it.output()

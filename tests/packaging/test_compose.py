@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from r3mes_vllm import settings
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.node.guard import refuse_open_door
 from tests.packaging.conftest import (
@@ -83,6 +84,8 @@ def test_a_node_has_the_time_to_drain() -> None:
         assert node["profiles"] == [name.removeprefix("node-")]
         assert "node-state:/state" in node["volumes"]
         assert node["shm_size"] == "2gb"
+    backend = SERVICES["backend"]
+    assert int(backend["stop_grace_period"].rstrip("s")) > settings.load().drain_timeout
 
 
 def test_a_nodes_settings_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_a_pod_gives_up_what_it_can_and_has_the_time_to_end(name: str) -> None:
     assert inner["readOnlyRootFilesystem"]
     assert inner["allowPrivilegeEscalation"] is False
     assert inner["capabilities"] == {"drop": ["ALL"]}
-    drain = 60 if name == "r3mes-node" else 10
+    drain = settings.load().drain_timeout
     waits = of_it["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert spec["terminationGracePeriodSeconds"] > waits + drain
     mounted = {it["mountPath"] for it in of_it["volumeMounts"]}

@@ -44,7 +44,7 @@ def test_a_unit_hardens_and_drains(unit: Path, monkeypatch: pytest.MonkeyPatch) 
     assert last["CapabilityBoundingSet"] == ""
     assert found["SystemCallFilter"][0] == "@system-service"
     assert last["KillMode"] == "mixed", "a second signal to the engine would cut what drains"
-    assert float(last["TimeoutStopSec"]) > (given.drain_timeout if "node" in unit.stem else 10)
+    assert float(last["TimeoutStopSec"]) > given.drain_timeout
     assert last["Restart"] == "on-failure"
     assert last["RestartPreventExitStatus"] == "2"
     assert given.state_dir == Path("/var/lib") / last["StateDirectory"]

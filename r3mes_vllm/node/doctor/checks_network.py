@@ -15,7 +15,6 @@ from r3mes_vllm.node.doctor.listener import answering
 from r3mes_vllm.node.line import refuse_plain_http, trusted
 from r3mes_vllm.node.signer import Signer
 from r3mes_vllm.settings import Settings
-from r3mes_vllm.state_dir import refuse_newer
 
 _CLOCK_S = 2.0
 _REACH = "/api/serving-node/reach"
@@ -83,7 +82,6 @@ async def clock(settings: Settings) -> Finding:
 
 async def public_url(settings: Settings) -> Finding:
     """Requests come to the public URL: the backend is asked to call it."""
-    refuse_newer(settings.state_dir)
     identity = Identity.load(settings.state_dir, make=False)
     wallet = settings.wallet_address or identity.wallet_address
     asked = {"wallet_address": wallet, "endpoint_url": settings.public_url}
