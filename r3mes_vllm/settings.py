@@ -32,6 +32,7 @@ from pydantic_settings import (
 from r3mes_vllm import versions
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.tables import AdapterSettings, ChatSettings, RateSettings, RequestLimits
+from r3mes_vllm.validation import words
 from r3mes_vllm.wire import Wallet
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
@@ -359,7 +360,7 @@ def _mistake(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{_nearest(name, Settings.model_fields)}"
     shown = "" if name.split(".")[0] in SECRET else f" (given: {error['input']!r})"
-    return f"{name}: {error['msg']}{shown}"
+    return f"{name}: {words(error)}{shown}"
 
 
 def misspelt(environ: Mapping[str, str] = os.environ) -> list[str]:

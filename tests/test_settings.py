@@ -114,3 +114,9 @@ def test_the_public_url_is_found_from_host_and_port() -> None:
     assert here.public_url == "http://[::1]:9"
     given = settings.load({"serving_node_url": "https://me.example/"})
     assert given.public_url == "https://me.example"
+
+
+def test_a_mistake_is_told_in_its_own_words() -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings.load({"cache_size": "12Q"})
+    assert str(caught.value).startswith("cache_size: '12Q' is not a size such as 512M or 20G")

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from r3mes_vllm.backend.refusals import BadInput, DatabaseDown, Unauthorized
 from r3mes_vllm.errors import R3mesError, UnknownAdapter
+from r3mes_vllm.validation import words
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before its answer; nobody reads it but the metrics."""
@@ -74,7 +75,7 @@ async def _bad_parameter(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     first = error.errors()[0]
     field = str(first["loc"][-1])
-    return answer(request, BadInput(f"{field}: {first['msg']}", field=field))
+    return answer(request, BadInput(f"{field}: {words(first)}", field=field))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

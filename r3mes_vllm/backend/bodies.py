@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from r3mes_vllm import strict_json
 from r3mes_vllm.backend.refusals import BadInput, Malformed, TooLarge
 from r3mes_vllm.strict_json import Json, any_string
+from r3mes_vllm.validation import words
 
 API_BODY_LIMIT = 1 << 20
 """Bytes of a registration or a beat: room for some ten thousand adapter names."""
@@ -49,7 +50,7 @@ def validated(model: type[Model], value: Json) -> Model:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])[:100]
-        raise BadInput(f"{field}: {first['msg']}", field=field) from error
+        raise BadInput(f"{field}: {words(first)}", field=field) from error
 
 
 def parsed(body: bytes, model: type[Model]) -> Model:

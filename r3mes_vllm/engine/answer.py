@@ -13,6 +13,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMClientError, VLLMServerError
 
 from r3mes_vllm.errors import BadRequest, EngineError, R3mesError
+from r3mes_vllm.validation import first_mistake
 
 _PREFIX = "data: "
 
@@ -40,9 +41,7 @@ async def answer(
         )
         events = await serving.create_chat_completion(request, raw_request)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][:3])
-        raise BadRequest(f"{field}: {first['msg']}" if field else first["msg"]) from error
+        raise BadRequest(first_mistake(error, levels=3)) from error
     except (VLLMClientError, ValueError, TypeError, OverflowError) as error:
         raise BadRequest(str(error)) from error
     except VLLMServerError as error:

@@ -14,6 +14,8 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.exceptions import VLLMClientError, VLLMServerError
 
+from r3mes_vllm.validation import words
+
 READ_BY: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
@@ -45,7 +47,7 @@ def culprit(path: str, fields: dict[str, Any]) -> tuple[str, str] | None:
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = _place(name, first["loc"])
-            return where, f"{where}: {first['msg']}"
+            return where, f"{where}: {words(first)}"
         except VLLMClientError as error:
             return name, f"{name}: {error}"
         except _SLIPS:

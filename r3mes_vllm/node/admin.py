@@ -9,6 +9,7 @@ from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.version import Version
 from r3mes_vllm.errors import BadRequest, ConfigError, R3mesError
 from r3mes_vllm.ipfs.path import IpfsPath
+from r3mes_vllm.validation import first_mistake
 
 router = APIRouter()
 
@@ -65,12 +66,8 @@ def _read(body: bytes) -> _Put:
     try:
         return _Put.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(
-            f"{field}: {first['msg']}" if field else first["msg"],
-            hint='send {"name": "legal", "cid": "baf..."}',
-        ) from error
+        hint = 'send {"name": "legal", "cid": "baf..."}'
+        raise BadRequest(first_mistake(error), hint=hint) from error
 
 
 def _refusal(error: R3mesError) -> Response:

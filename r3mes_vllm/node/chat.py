@@ -19,6 +19,7 @@ from r3mes_vllm.errors import BadRequest, EngineError, R3mesError
 from r3mes_vllm.node import journal
 from r3mes_vllm.node.fields import refuse_excess
 from r3mes_vllm.node.hold import named
+from r3mes_vllm.validation import first_mistake
 from r3mes_vllm.wire import ChatRequest
 
 _SSE = "text/event-stream"
@@ -159,9 +160,7 @@ async def _read(request: Request) -> ChatRequest:
     try:
         asked = ChatRequest.model_validate_json(await request.body())
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{field}: {first['msg']}" if field else first["msg"]) from error
+        raise BadRequest(first_mistake(error)) from error
     refuse_excess(asked.model_dump(), request.app.state.r3mes.settings.limits)
     if not asked.message and not asked.messages:
         raise BadRequest("message: it is empty", hint='send {"message": "..."}')
