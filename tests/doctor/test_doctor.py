@@ -152,6 +152,17 @@ def test_the_build_must_fit_the_gpu(
     assert bool(found.fix) is (status != "ok")
 
 
+def test_a_library_that_the_cpu_build_links_to_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks_engine, "_build", lambda: "cpu")
+    monkeypatch.setattr(checks_engine, "gpus_here", list)
+    monkeypatch.setattr(checks_engine, "_NUMA", "libnot-there.so.1")
+    found = checks_engine.gpu(settings(tmp_path))
+    assert found.status == "fail"
+    assert "libnuma1" in found.fix
+
+
 def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(

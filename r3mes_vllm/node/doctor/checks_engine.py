@@ -1,5 +1,6 @@
 """What the engine will need: a model with its tokenizer, memory, a GPU that fits the build."""
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
 _ASKING_S = 5.0
+_NUMA = "libnuma.so.1"
 
 
 async def model(settings: Settings) -> Finding:
@@ -78,7 +80,8 @@ def memory(settings: Settings) -> Finding:
 
 
 def gpu(settings: Settings) -> Finding:
-    """The CUDA build wants a driver that is new enough; on a GPU the CPU build is a waste."""
+    """The CUDA build wants a driver that is new enough; on a GPU the CPU build is a waste, and it
+    links to a library of the system's."""
     gpus, build = gpus_here(), _build()
     if build is None:
         return Finding("fail", "vLLM is not installed", "make setup")
@@ -86,6 +89,11 @@ def gpu(settings: Settings) -> Finding:
         if gpus:
             said = f"the CPU build is installed, and there is {gpus[0].name}"
             return Finding("warn", said, "rm -r .venv && make setup")
+        try:
+            ctypes.CDLL(_NUMA)
+        except OSError:
+            said = f"the CPU build of vLLM can't start without {_NUMA}"
+            return Finding("fail", said, "sudo apt-get install -y libnuma1")
         return Finding("ok", "the CPU build, and no GPU")
     if not gpus:
         fix = "sudo apt-get install nvidia-driver  # and restart the machine"
