@@ -1,6 +1,6 @@
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: demo test lint setup fuzz crash isolation churn conformance chaos bench-supply bench-cpu bench-gpu bench-routing bench-front-door bench-router api-docs
+.PHONY: demo test lint setup fuzz crash isolation churn conformance chaos power-cut protections bench-supply bench-cpu bench-gpu bench-routing bench-front-door bench-router api-docs
 
 demo: setup ## a backend, a node and two questions; ARGS=--once stops after the answers
 	@$(PYTHON_BIN) -m r3mes_vllm demo $(ARGS)
@@ -28,6 +28,12 @@ chaos: setup ## SECONDS=600 of failing nodes beside the backend, KILLS=100 befor
 	$(PYTHON_BIN) -m tests.backend.chaos --seconds $(or $(SECONDS),600)
 	$(PYTHON_BIN) -m tests.backend.killing --kills $(or $(KILLS),100)
 	$(PYTHON_BIN) -m tests.killed_nodes --kills $(or $(REAL),20)
+
+power-cut: setup ## kill everything CUTS=200 times at random instants, and NODES=3 times with a real node
+	$(PYTHON_BIN) -m tests.resilience.power_cut --cuts $(or $(CUTS),200) --nodes $(or $(NODES),3)
+
+protections: setup ## take each protection away, and see that its test fails; ARGS="3 17" some of them
+	$(PYTHON_BIN) -m tests.resilience.off $(ARGS)
 
 bench-cpu: setup ## suites of a real engine beside stock vLLM; ARGS=--quick shows that they run
 	@for suite in kept fairness no-stall front-cost cold-start grid working-set; do \

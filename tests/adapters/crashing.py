@@ -37,7 +37,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     adapter = tiny.make_adapter(folder / "adapter", seed=1, rank=RANK)
     cid = pack(adapter, folder / "adapter.car")
     port = free_port()
-    gateway = _forked(lambda: asyncio.run(_serve(folder / "adapter.car", port)))
+    gateway = _forked(lambda: asyncio.run(serve_car(folder / "adapter.car", port)))
     wrong: list[str] = []
     found = {"killed": 0, "ended": 0, "resumed": 0}
     try:
@@ -51,11 +51,11 @@ def main(folder: Path, kills: int, seed: int) -> None:
             _, status = os.waitpid(child, 0)
             found["killed" if os.WIFSIGNALED(status) else "ended"] += 1
             found["resumed"] += bool(left) and not store.stored()
-            wrong += _wrong(store, adapter)
+            wrong += wrong_in(store, adapter)
             if store.stored():
                 store.drop_unused()
         os.waitpid(_forked(lambda: _fetch(folder / "store", cid, port)), 0)
-        wrong += _wrong(Store(folder / "store"), adapter)
+        wrong += wrong_in(Store(folder / "store"), adapter)
         if not Store(folder / "store").stored():
             wrong.append("the last fetch, which nobody killed, left nothing")
     finally:
@@ -77,7 +77,8 @@ def _commit_in_place(self: Store, cid: CID, vetted: Path, notes: object = ()) ->
                 time.sleep(0.001)
 
 
-def _wrong(store: Store, adapter: Path) -> list[str]:
+def wrong_in(store: Store, adapter: Path) -> list[str]:
+    """What is not as `adapter`, which was published, of all that is stored."""
     wrong = [it.problem for it in store.fsck() if isinstance(it, Damaged)]
     for it in store.stored():
         for name in (CONFIG, WEIGHTS):
@@ -93,7 +94,8 @@ def _fetch(store: Path, cid: CID, port: int) -> None:
     asyncio.run(supply.obtain(cid))
 
 
-async def _serve(path: Path, port: int) -> None:
+async def serve_car(path: Path, port: int) -> None:
+    """A gateway that has what is in the CAR file."""
     blocks = car.CarFile(path)
 
     async def answer(request: web.Request) -> web.StreamResponse:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from starlette.routing import Route
 from r3mes_vllm import __version__
 from r3mes_vllm.backend.app import create_app
 from r3mes_vllm.errors import BackendRefused
+from r3mes_vllm.node import heartbeat
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.settings import load
@@ -30,7 +32,7 @@ NODE = RegisterNode(
     available_lora_list=["legal"],
     adapters={"legal": "bafy"},
 )
-INTERVAL_S = 0.2
+INTERVAL_S, SOON_S = 0.2, 2.0
 
 
 @dataclass
@@ -123,6 +125,20 @@ async def test_a_backend_that_forgot_it_gets_a_registration() -> None:
         await until(lambda: backend.count("heartbeat") >= 1)
         backend.known = False
         await until(lambda: backend.count("register") == 2)
+
+
+async def test_a_partition_of_minutes_is_over_within_two_beats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pauses between its tries don't grow past a beat: here the first is one already."""
+    monkeypatch.setattr(heartbeat, "_FIRST_RETRY_S", INTERVAL_S)
+    backend, port = OldBackend(), free_port()
+    async with registered(f"http://127.0.0.1:{port}") as registration:
+        await until(lambda: registration.beats["unreachable"] >= 6)
+        async with listening(backend, port):
+            began = time.monotonic()
+            await until(lambda: backend.known)
+            assert time.monotonic() - began < 2 * INTERVAL_S * 1.1 + SOON_S
 
 
 async def test_an_absent_backend_is_tried_again() -> None:
