@@ -34,6 +34,7 @@ power-cut: setup ## kill everything CUTS=200 times at random instants, and NODES
 
 protections: setup ## take each protection away, and see that its test fails; ARGS="3 17" some of them
 	$(PYTHON_BIN) -m tests.resilience.off $(ARGS)
+	$(if $(ARGS),,$(PYTHON_BIN) -m pytest -m control)
 
 bench-cpu: setup ## suites of a real engine beside stock vLLM; ARGS=--quick shows that they run
 	@for suite in kept fairness no-stall front-cost cold-start grid working-set; do \

@@ -2,7 +2,7 @@
 
     python -m tests.halves
 
-What starts engines shows its output while it runs; that of the rest comes at the end.
+What starts most engines shows its output while it runs; that of the rest comes at the end.
 """
 
 import shutil
@@ -12,7 +12,10 @@ import tempfile
 
 _REST = [
     f"tests/{name}"
-    for name in ("adapters", "backend", "cli", "conformance", "doctor", "fuzz", "ipfs")
+    for name in (
+        *("adapters", "backend", "cli", "conformance", "docs", "doctor", "fuzz", "ipfs"),
+        *("resilience", "test_killed_nodes.py"),
+    )
 ]
 _PYTEST = [sys.executable, "-m", "pytest"]
 

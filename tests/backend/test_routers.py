@@ -100,13 +100,20 @@ async def test_only_what_changed_is_read(
     for number in range(20):
         await one.register("http://127.0.0.1:9", "legal", number=number)
     await sees(two, 19)
-    read = []
+    read: list[str] = []
 
     def counting(row: Any) -> Any:
         read.append(row["wallet_address"])
         return known(row)
 
+    async def have_caught_up() -> bool:
+        """Both with what was registered: each reads its own writes too."""
+        read.clear()
+        await asyncio.sleep(2 * (following._LOOK_S + following._PAUSE_S))
+        return not read
+
     monkeypatch.setattr(following, "known", counting)
+    await until(have_caught_up)
     await one.beat(7, status="draining")
 
     async def noticed() -> bool:

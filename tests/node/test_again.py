@@ -97,6 +97,7 @@ def test_the_same_process_starts_again_until_that_happened_too_often(tmp_path: P
     assert ended.returncode == 1
 
 
+@pytest.mark.control
 def test_children_would_stay_with_the_process(tmp_path: Path) -> None:
     assert "a child is left" in run(PROGRAM.replace("restart.reap()", ""), tmp_path).stdout
 
@@ -109,6 +110,7 @@ def test_without_serve_the_program_ends_with_an_error(tmp_path: Path) -> None:
     assert ended.returncode == 1
 
 
+@pytest.mark.control
 def test_vllm_would_end_as_if_all_were_well(tmp_path: Path) -> None:
     ended = run(UNSUPERVISED.replace("restart.end_unsupervised()", ""), tmp_path)
     assert ended.stdout == "closed in order\n"

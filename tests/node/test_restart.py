@@ -274,6 +274,7 @@ def test_it_still_ends_in_order(network: Network) -> None:
     assert network.node.output().count("starting again") == said
 
 
+@pytest.mark.control
 def test_without_a_restart_one_prompt_makes_all_later_answers_worthless(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.engine.poisoned", str(tmp_path / "model")]
     said = subprocess.run(command, capture_output=True, text=True, timeout=STARTS_S, check=True)
