@@ -5,6 +5,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import httpx
 
@@ -21,6 +23,10 @@ TRY_ANOTHER = {401, 403, 404, 429, *range(500, 600)}
 """What a node says of itself, not of the request: it wants another key, has lost the adapter, has
 too much to do; from 500 up it is not well, and 508 is a backend's own loop."""
 _FULL = {429, 503}
+# Shorter than any server keeps an idle connection, so that none is reused as it dies.
+_LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
+_URLS = 4096
+"""Parsed and kept."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,23 @@ def http_client(timeouts: Timeouts) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         trust_env=False,
         follow_redirects=False,
-        timeout=httpx.Timeout(None, connect=timeouts.connect, write=timeouts.between_bytes),
-        # Shorter than any server keeps an idle connection, so that none is reused as it dies.
-        transport=Transport(limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0)),
+        timeout=_patience(timeouts),
+        transport=Transport(limits=_LIMITS),
     )
 
 
+def _patience(timeouts: Timeouts) -> httpx.Timeout:
+    return httpx.Timeout(None, connect=timeouts.connect, write=timeouts.between_bytes)
+
+
+@lru_cache(_URLS)
+def _url(endpoint_url: str, path: str) -> httpx.URL:
+    return httpx.URL(endpoint_url.rstrip("/") + path)
+
+
 class Dialler:
-    """The one HTTP client for nodes. Close it with `aclose`."""
+    """The one HTTP client for nodes: httpx's transport alone, which follows no redirect, keeps no
+    cookie and adds no header, at half of what its client costs. Close it with `aclose`."""
 
     def __init__(
         self,
@@ -102,10 +117,11 @@ class Dialler:
         self._resolve = resolve
         self._dial_failed = dial_failed
         self._flight = flight
-        self._client = http_client(timeouts)
+        self._transport = Transport(limits=_LIMITS)
+        self._patience = _patience(timeouts).as_dict()
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._transport.aclose()
 
     async def begin(
         self,
@@ -152,7 +168,7 @@ class Dialler:
         try:
             async with asyncio.timeout(timeout_s):
                 request = await self._request(endpoint_url, outgoing)
-                response = await self._client.send(request, stream=True)
+                response = await self._transport.handle_async_request(request)
                 try:
                     return await _whole(response, limit)
                 finally:
@@ -188,7 +204,7 @@ class Dialler:
     ) -> Beginning:
         request = await self._request(node.endpoint_url, outgoing, access_key=node.access_key)
         try:
-            response = await self._client.send(request, stream=True)
+            response = await self._transport.handle_async_request(request)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _Undialled(str(error) or type(error).__name__) from error
         status = response.status_code
@@ -217,17 +233,17 @@ class Dialler:
     async def _request(
         self, endpoint_url: str, outgoing: Outgoing, *, access_key: str | None = None
     ) -> httpx.Request:
-        """Built without the client's defaults: no cookie of another user, no header added but the
-        node's own `access_key`."""
-        url = httpx.URL(endpoint_url.rstrip("/") + outgoing.path)
-        headers, extensions = [*outgoing.headers, *bearer(access_key)], {}
+        """With the headers that are given, and the node's own `access_key`."""
+        url = _url(endpoint_url, outgoing.path)
+        headers = [*outgoing.headers, *bearer(access_key)]
+        extensions: dict[str, Any] = {"timeout": self._patience}
         if not self._allow_private:
             try:
                 address = await public_address(url, self._resolve)
             except BadInput as error:
                 raise _Undialled(error.message) from error
             headers = [(b"host", url.netloc), *headers]
-            extensions = {"sni_hostname": host_of(url)}  # TLS is still checked against the name
+            extensions["sni_hostname"] = host_of(url)  # TLS is still checked against the name
             url = url.copy_with(host=address)
         return httpx.Request(
             "POST", url, headers=headers, content=outgoing.body, extensions=extensions

@@ -220,11 +220,16 @@ class Registry:
             self._noted(row)
 
     async def live_nodes(
-        self, now: datetime, max_age_s: float = wire.HEARTBEAT_TIMEOUT_S
+        self,
+        now: datetime,
+        max_age_s: float = wire.HEARTBEAT_TIMEOUT_S,
+        *,
+        listing: str | None = None,
     ) -> list[KnownNode]:
         """The active nodes whose last beat is under `max_age_s` seconds old; the time in which the
-        database did not answer is left out."""
-        return self._view.live_nodes(now, max_age_s)
+        database did not answer is left out. With `listing` those that list an adapter of that
+        name."""
+        return self._view.live_nodes(now, max_age_s, listing=listing)
 
     async def all_nodes(self) -> list[KnownNode]:
         """Every node that ever registered, dead ones included."""

@@ -43,7 +43,7 @@ async def holders(
         raise UnknownAdapter(f"the adapter {name} was taken out of the registry")
     lora = await backend.registry.lora(name)
     cid = wanted or (lora.ipfs_hash if lora else None)
-    nodes = await _live(backend, lambda node: name in node.names)
+    nodes = await _live(backend, lambda node: True, listing=name)
     found = backend.balancer.holders(
         nodes, name, cid, exact=bool(wanted), conversation=conversation
     )
@@ -188,13 +188,16 @@ def _serving(backend: Backend, name: str, listing: Sequence[KnownNode]) -> Serve
     return Served(name, cid or said, base, created)
 
 
-async def _live(backend: Backend, wanted: Callable[[KnownNode], bool]) -> list[KnownNode]:
-    """The live nodes that are `wanted`. If none of them may be used, but one is new, this waits
-    until the new ones have been asked for a proof of their URL."""
-    nodes = [node for node in await backend.live_nodes() if wanted(node)]
+async def _live(
+    backend: Backend, wanted: Callable[[KnownNode], bool], *, listing: str | None = None
+) -> list[KnownNode]:
+    """The live nodes that are `wanted`, and list that adapter if one is named. If none of them may
+    be used, but one is new, this waits until the new ones have been asked for a proof of their
+    URL."""
+    nodes = [node for node in await backend.live_nodes(listing=listing) if wanted(node)]
     if any(node.usable for node in nodes) or not await backend.prover.settle(nodes):
         return nodes
-    return [node for node in await backend.live_nodes() if wanted(node)]
+    return [node for node in await backend.live_nodes(listing=listing) if wanted(node)]
 
 
 async def _ever_listed(backend: Backend, name: str) -> bool:

@@ -54,9 +54,12 @@ class Backend:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Marks this process in `X-R3MES-Via`."""
 
-    async def live_nodes(self, max_age_s: float = HEARTBEAT_TIMEOUT_S) -> list[KnownNode]:
-        """Those that may be in this network: perhaps it does without the unsigned ones."""
-        nodes = await self.registry.live_nodes(self.clock(), max_age_s)
+    async def live_nodes(
+        self, max_age_s: float = HEARTBEAT_TIMEOUT_S, *, listing: str | None = None
+    ) -> list[KnownNode]:
+        """Those that may be in this network: perhaps it does without the unsigned ones. With
+        `listing` those that list an adapter of that name."""
+        nodes = await self.registry.live_nodes(self.clock(), max_age_s, listing=listing)
         return [n for n in nodes if n.signature != UNSIGNED or not self.require_signatures]
 
 

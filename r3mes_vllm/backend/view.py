@@ -21,6 +21,8 @@ class View:
         """All that was written up to this one is here."""
         self.outages = Outages()
         self._nodes: dict[str, KnownNode] = {}
+        self._listing: dict[str, dict[str, None]] = {}
+        """For the name of an adapter the wallets of the nodes that list it."""
         self._loras: dict[str, KnownLora] = {}
         self._json: dict[bool, tuple[bytes, str]] = {}
         self._texts: dict[str, tuple[int, bytes]] = {}
@@ -28,7 +30,9 @@ class View:
         self._node_texts: dict[str, tuple[int, bytes]] = {}
 
     def replace(self, nodes: Iterable[KnownNode], loras: Iterable[KnownLora]) -> None:
-        self._nodes = {node.wallet_address: node for node in nodes}
+        self._nodes, self._listing = {}, {}
+        for node in nodes:
+            self.put_node(node)
         self._loras = {lora.name: lora for lora in loras}
         self._json.clear()
         self._texts.clear()
@@ -36,21 +40,38 @@ class View:
 
     def put_node(self, node: KnownNode) -> None:
         """Take `node` in, unless a later form of it is here."""
-        self._nodes = _with(self._nodes, node.wallet_address, node)
+        wallet = node.wallet_address
+        before = self._nodes.get(wallet)
+        self._nodes = _with(self._nodes, wallet, node)
+        if self._nodes[wallet] is node:
+            self._note_names(before, node)
 
     def put_lora(self, lora: KnownLora) -> None:
         """The same for an adapter."""
         self._loras = _with(self._loras, lora.name, lora)
         self._json.clear()
 
-    def live_nodes(self, now: datetime, max_age_s: float) -> list[KnownNode]:
-        """The active nodes whose last beat is under `max_age_s` seconds old, outages left out."""
+    def _note_names(self, before: KnownNode | None, node: KnownNode) -> None:
+        if before and before.available_lora_list == node.available_lora_list:
+            return  # as with most beats
+        for name in before.names - node.names if before else ():
+            del self._listing[name][node.wallet_address]
+            if not self._listing[name]:
+                del self._listing[name]
+        for name in node.names:
+            self._listing.setdefault(name, {})[node.wallet_address] = None
+
+    def live_nodes(
+        self, now: datetime, max_age_s: float, *, listing: str | None = None
+    ) -> list[KnownNode]:
+        """The active nodes whose last beat is under `max_age_s` seconds old, outages left out; only
+        those that list an adapter's name if one is given."""
         oldest = self.outages.oldest(now, max_age_s)
-        return [
-            node
-            for node in self._nodes.values()
-            if node.status == wire.ACTIVE and node.last_heartbeat > oldest
-        ]
+        if listing is None:
+            nodes: Iterable[KnownNode] = self._nodes.values()
+        else:
+            nodes = (self._nodes[wallet] for wallet in self._listing.get(listing, ()))
+        return [it for it in nodes if it.status == wire.ACTIVE and it.last_heartbeat > oldest]
 
     def nodes(self) -> list[KnownNode]:
         return list(self._nodes.values())

@@ -1,6 +1,7 @@
 """The registry in memory, whatever the order in which its rows come."""
 
 import itertools
+import random
 from datetime import UTC, datetime
 
 import pytest
@@ -12,13 +13,13 @@ from tests.backend.stand_ins import LEGAL_CID, OTHER_CID, wallet
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def node(id_: int, revision: int) -> KnownNode:
+def node(id_: int, revision: int, *names: str) -> KnownNode:
     return KnownNode(
         id=id_,
         revision=revision,
         wallet_address=wallet(id_),
         endpoint_url=f"http://node/{revision}",
-        available_lora_list=[],
+        available_lora_list=list(names),
         status="active",
         current_load=0,
         last_heartbeat=NOW,
@@ -39,6 +40,22 @@ def test_the_latest_form_of_each_row_stays(rows: list[tuple[int, int]]) -> None:
     expected = [(1, 3), (2, 2), (3, 4)]
     assert [(it.id, it.revision) for it in view.nodes()] == expected
     assert [(it.id, it.revision) for it in view.loras(active_only=True)] == expected
+
+
+def test_those_that_list_a_name_are_found_whatever_came_before() -> None:
+    chance, view, names = random.Random(1), View(), "abc"
+    for revision in range(500):
+        listed = chance.sample(names, chance.randrange(4))
+        late = chance.random() < 0.2  # a form that is older than the one here
+        view.put_node(
+            node(chance.randrange(8), max(revision - 50, 0) if late else revision, *listed)
+        )
+        if revision == 300:
+            view.replace(view.nodes()[:4], [])
+        for name in (*names, "d"):
+            expected = [it for it in view.nodes() if name in it.names]
+            found = view.live_nodes(NOW, 60, listing=name)
+            assert sorted(found, key=lambda it: it.id) == expected
 
 
 def test_the_json_is_of_what_is_there_now() -> None:
