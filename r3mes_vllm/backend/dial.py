@@ -24,7 +24,7 @@ TRY_ANOTHER = {401, 403, 404, 429, *range(500, 600)}
 too much to do; from 500 up it is not well, and 508 is a backend's own loop."""
 _FULL = {429, 503}
 # Shorter than any server keeps an idle connection, so that none is reused as it dies.
-_LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
+_KEEPALIVE_S = 2.0
 _URLS = 4096
 """Parsed and kept."""
 
@@ -86,7 +86,7 @@ def http_client(timeouts: Timeouts) -> httpx.AsyncClient:
         trust_env=False,
         follow_redirects=False,
         timeout=_patience(timeouts),
-        transport=Transport(limits=_LIMITS),
+        transport=Transport(keepalive_s=_KEEPALIVE_S),
     )
 
 
@@ -117,7 +117,7 @@ class Dialler:
         self._resolve = resolve
         self._dial_failed = dial_failed
         self._flight = flight
-        self._transport = Transport(limits=_LIMITS)
+        self._transport = Transport(keepalive_s=_KEEPALIVE_S)
         self._patience = _patience(timeouts).as_dict()
 
     async def aclose(self) -> None:

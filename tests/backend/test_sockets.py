@@ -89,7 +89,7 @@ async def https(tmp_path: Path) -> AsyncIterator[tuple[int, Authority]]:
 async def test_tls(https: tuple[int, Authority], name: str, fits: bool) -> None:
     """The address is dialled, and the certificate must be of the name."""
     port, authority = https
-    transport = Transport(limits=httpx.Limits(), context=authority.trusting)
+    transport = Transport(keepalive_s=5, context=authority.trusting)
     async with httpx.AsyncClient(transport=transport) as client:
         asked = client.get(f"https://127.0.0.1:{port}", extensions={"sni_hostname": name})
         if fits:
@@ -104,7 +104,7 @@ async def test_a_connection_of_one_name_is_not_used_for_another(
 ) -> None:
     """Two nodes' names may lead to one address; only one of them has this certificate."""
     port, authority = https
-    transport = Transport(limits=httpx.Limits(), context=authority.trusting)
+    transport = Transport(keepalive_s=5, context=authority.trusting)
     async with httpx.AsyncClient(transport=transport) as client:
         url = f"https://127.0.0.1:{port}"
         assert (await client.get(url, extensions={"sni_hostname": "localhost"})).text == "ok"
@@ -123,3 +123,61 @@ async def test_a_server_without_tls(http: httpx.AsyncClient) -> None:
     async with serving(StandIn()) as url:
         with pytest.raises(httpx.ConnectError):
             await http.get(url.replace("http:", "https:"))
+
+
+async def test_a_connection_is_used_again_until_its_time_is_over() -> None:
+    opened, closed = [], asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        while await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b"":
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            if await _ends(reader):
+                closed.set()
+                break
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        transport = Transport(keepalive_s=0.3)
+        async with httpx.AsyncClient(transport=transport) as client:
+            for _ in range(5):
+                assert (await client.get(url)).text == "ok"
+            assert len(opened) == 1
+            await asyncio.wait_for(closed.wait(), 5)
+            assert not transport._pool._idle  # type: ignore[attr-defined]
+            assert (await client.get(url)).text == "ok"
+            assert len(opened) == 2
+
+
+async def _ends(reader: asyncio.StreamReader) -> bool:
+    """Whether the client closes before it asks again."""
+    while not reader._buffer and not reader.at_eof():  # type: ignore[attr-defined]
+        await asyncio.sleep(0.005)
+    return reader.at_eof()
+
+
+async def test_as_many_as_are_needed_and_all_are_used_again() -> None:
+    opened = 0
+    all_here = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        if opened == 20:
+            all_here.set()
+        try:
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await all_here.wait()
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        except asyncio.IncompleteReadError:
+            writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(transport=Transport(keepalive_s=5), limits=limits) as client:
+            for _ in range(3):
+                await asyncio.gather(*(client.get(url) for _ in range(20)))
+    assert opened == 20
