@@ -13,8 +13,9 @@ import tempfile
 _REST = [
     f"tests/{name}"
     for name in (
-        *("adapters", "backend", "cli", "conformance", "docs", "doctor", "fuzz", "ipfs"),
-        *("resilience", "test_killed_nodes.py"),
+        # first what computes most, so that it does not meet the thousand streams of the other half
+        *("test_killed_nodes.py", "adapters", "backend", "cli", "conformance", "docs", "doctor"),
+        *("fuzz", "ipfs", "resilience"),
     )
 ]
 _PYTEST = [sys.executable, "-m", "pytest"]
