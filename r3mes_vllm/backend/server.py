@@ -18,6 +18,8 @@ from r3mes_vllm.errors import ConfigError, PortTaken, R3mesError
 from r3mes_vllm.settings import Settings
 
 _BACKLOG = 2048
+_KEEPALIVE_S = 75
+"""Longer than clients keep an idle connection (httpx 5 s): who closes last breaks no request."""
 
 
 def run(settings: Settings) -> None:
@@ -46,6 +48,7 @@ async def serve(settings: Settings) -> None:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=_KEEPALIVE_S,
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
         )
         line = f"backend listens on {_url(sockets[0])}, database {database}"

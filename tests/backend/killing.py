@@ -55,7 +55,11 @@ async def kill_nodes(folder: Path, *, kills: int, seed: int) -> Counter[str]:
     async with AsyncExitStack() as running:
         app = create_app(load(given))
         url = await running.enter_async_context(serving(app))
-        http = httpx.AsyncClient(base_url=url, timeout=60)
+        http = httpx.AsyncClient(
+            base_url=url,
+            timeout=60,
+            limits=httpx.Limits(keepalive_expiry=1),  # before the stand-in server closes
+        )
         await running.enter_async_context(http)
         registered = {"name": "legal", "ipfs_hash": LEGAL_CID}
         (await http.post("/api/lora/register", json=registered)).raise_for_status()
