@@ -50,9 +50,17 @@ def run(plan: Plan, record: Record) -> None:
         answer_tokens=grid.answer,
     )
     for rank in grid.ranks:
+        cells = [
+            (adapters, at_once)
+            for at_once in grid.at_once
+            for adapters in grid.adapters
+            if plan.only in f"{adapters} adapters, {at_once} at once, rank {rank}"
+        ]
+        if not cells:
+            continue
         with tempfile.TemporaryDirectory() as name, ExitStack() as until_end:
             folder = Path(name)
-            most = max(grid.adapters)
+            most = max(adapters for adapters, _ in cells)
             folders = cpu_lora.adapters(folder / "adapters", shape, [rank] * most, plan.seed)
             flags = {
                 "max_loras": grid.slots,
@@ -60,17 +68,17 @@ def run(plan: Plan, record: Record) -> None:
                 "max_lora_rank": rank,
                 "max_num_seqs": max(grid.at_once),
             }
+            peft = not set(cells).isdisjoint(grid.peft)
             asked = told(plan, folder) | {"adapters": folders, "seed": plan.seed, "flags": flags}
+            asked["engines"] = 3 if peft else 2
             workers = {
                 "stock": until_end.enter_context(Worker(cpu_lora.__name__, asked, "none")),
                 "ours": until_end.enter_context(Worker(cpu_lora.__name__, asked, "r3mes")),
             }
-            if grid.peft:
+            if peft:
                 workers["PEFT"] = until_end.enter_context(Worker(peft_peer.__name__, asked, "none"))
-            for at_once in grid.at_once:
-                for adapters in grid.adapters:
-                    if plan.only in f"{adapters} adapters, {at_once} at once, rank {rank}":
-                        _cell(plan, record, grid, workers, rank, adapters, at_once)
+            for adapters, at_once in cells:
+                _cell(plan, record, grid, workers, rank, adapters, at_once)
 
 
 def _cell(

@@ -160,13 +160,13 @@ def told(plan: Plan, folder: Path) -> dict[str, Any]:
     return {"model": str(made(shape, folder)), "dtype": plan.dtype, "dummy": shape.dummy}
 
 
-def engine_flags(told: Mapping[str, Any], *, engines: int = 2) -> dict[str, Any]:
-    """Of vLLM's engine, the same for all peers of a run; `engines` share a GPU."""
+def engine_flags(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of vLLM's engine, the same for all peers of a run; `engines` of them share a GPU."""
     from vllm.platforms import current_platform
 
     flags = {"model": told["model"], "dtype": told["dtype"], "seed": 0}
     if told["dummy"]:
         flags["load_format"] = "dummy"
     if not current_platform.is_cpu():
-        flags["gpu_memory_utilization"] = round(0.85 / engines, 2)
+        flags["gpu_memory_utilization"] = round(0.85 / told.get("engines", 2), 2)
     return flags

@@ -31,6 +31,10 @@ def register() -> None:
     if current_platform.is_cpu():
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: CPU_WRAPPER)
         torch.cpu._init_amx()  # Linux kills who uses these tiles unasked, as vLLM's attention does
+    else:
+        from r3mes_vllm.engine import sampling  # the sampler's kernels need Triton
+
+        sampling.bound()
     grammars.bound()
     SchedulerConfig.get_scheduler_cls = _fair_scheduler
     ParallelConfig.__post_init__ = _with_staging

@@ -209,10 +209,12 @@ def main(model: Path, folder: Path, count: int) -> None:
     )
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
 
     engine = LLM(
         str(model),
-        dtype="float32",
+        # its kernels for adapters on a GPU know no float32
+        dtype="float32" if current_platform.is_cpu() else "bfloat16",
         enable_lora=True,
         max_loras=1,
         max_lora_rank=MAX_RANK,

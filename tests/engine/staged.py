@@ -30,6 +30,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -55,7 +56,8 @@ class Watched(StagingExtension):
         (wrapper,) = manager.punica_wrapper_mapping.values()
         return {
             "models": sum(isinstance(it, LoRAModel) for it in gc.get_objects()),
-            "packs": sum(len(layer._packs) for layer in wrapper._layers.values()),
+            # only the CPU's wrapper keeps any
+            "packs": sum(len(it._packs) for it in getattr(wrapper, "_layers", {}).values()),
             "loads": len(self._r3mes_loads),
             "slots": list(manager.lora_index_to_id),
             "cached": sorted(manager.list_adapters()),
@@ -295,7 +297,9 @@ async def main() -> None:
         AsyncEngineArgs(
             model,
             enable_lora=True,
-            dtype="float32",  # in bf16 a near tie falls otherwise in another batch
+            # In bf16 a near tie falls otherwise in another batch; vLLM's kernels for adapters on a
+            # GPU know no float32.
+            dtype="float32" if current_platform.is_cpu() else "bfloat16",
             max_loras=2,
             max_cpu_loras=8,
             max_lora_rank=8,
