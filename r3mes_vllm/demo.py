@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 
 import httpx
@@ -66,8 +68,7 @@ def run(*, once: bool, node_port: int, backend_port: int) -> None:
         )
         for name in QUESTIONS:
             _wait_for_holder(backend_url, name, node)
-        for name, question in QUESTIONS.items():
-            _ask(backend_url, name, question)
+        _ask_all(backend_url)
         say(f"\nbackend  {backend_url}    chat, /v1 and the list of nodes")
         say(f"node     {node_url}    /chat, /v1 (OpenAI), /health")
         if once:
@@ -167,16 +168,36 @@ def _until(
     raise DemoFailed(f"waited {seconds:.0f} s for {what}")
 
 
-def _ask(backend_url: str, adapter: str, question: str) -> None:
-    say(f"\n[{adapter}] {question}")
+def _ask_all(backend_url: str) -> None:
+    """All at once, as the engine takes them; the answers are shown as they come, in order."""
+    with ThreadPoolExecutor() as threads:
+        pieces: dict[str, SimpleQueue[str | None]] = {name: SimpleQueue() for name in QUESTIONS}
+        asked = {
+            name: threads.submit(_ask, backend_url, name, QUESTIONS[name], pieces[name])
+            for name in QUESTIONS
+        }
+        for name, question in QUESTIONS.items():
+            say(f"\n[{name}] {question}")
+            for text in iter(pieces[name].get, None):
+                console().print(text, end="", markup=False)
+            say(f"\n  {asked[name].result()}")
+
+
+def _ask(backend_url: str, adapter: str, question: str, pieces: SimpleQueue[str | None]) -> str:
+    """Who answered; the answer itself goes into `pieces`, with None after its last one."""
     body = {"message": question, "lora_name": adapter, "temperature": 0}
-    with httpx.stream(
-        "POST", f"{backend_url}/chat", json=body, timeout=120, trust_env=False
-    ) as answer:
-        if not answer.is_success:
-            raise DemoFailed(f"{adapter} did not answer: {answer.status_code} {answer.read()!r}")
-        for text in answer.iter_text():
-            console().print(text, end="", markup=False)
-        served_by = answer.headers.get("x-r3mes-node", "?")
-        cid = answer.headers.get("x-r3mes-cid", "?")
-    say(f"\n  adapter {cid}, node {served_by}")
+    try:
+        with httpx.stream(
+            "POST", f"{backend_url}/chat", json=body, timeout=120, trust_env=False
+        ) as answer:
+            if not answer.is_success:
+                raise DemoFailed(
+                    f"{adapter} did not answer: {answer.status_code} {answer.read()!r}"
+                )
+            for text in answer.iter_text():
+                pieces.put(text)
+            served_by = answer.headers.get("x-r3mes-node", "?")
+            cid = answer.headers.get("x-r3mes-cid", "?")
+            return f"adapter {cid}, node {served_by}"
+    finally:
+        pieces.put(None)

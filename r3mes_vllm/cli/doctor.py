@@ -1,6 +1,5 @@
 """`r3mes-vllm doctor`."""
 
-import asyncio
 import json
 from dataclasses import asdict
 from typing import Annotated
@@ -66,6 +65,7 @@ def doctor(
     refuse_newer(given.state_dir)
     from r3mes_vllm.node.doctor.checks import checks
     from r3mes_vllm.node.doctor.findings import Finding, examine
+    from r3mes_vllm.node.doctor.threads import run
 
     console = Console(highlight=False, soft_wrap=True)
 
@@ -78,7 +78,7 @@ def doctor(
         if found.fix:
             console.print(f"       {printable(found.fix)}", markup=False)
 
-    found = asyncio.run(examine(checks(given), show))
+    found = run(examine(checks(given), show))
     failed = sum(it.status == "fail" for it in found)
     if as_json:
         typer.echo(json.dumps([asdict(it) for it in found], indent=2))

@@ -9,6 +9,9 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
     ours = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; by default vLLM takes most of the memory
+        # Seconds, longer than clients keep an idle connection (httpx 5): who closes last breaks no
+        # request.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
     }
     if not verbose:
         # vLLM and torch warn of a dozen things at each start that an operator can't change.

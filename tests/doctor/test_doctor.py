@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from r3mes_vllm.backend.app import create_app
+from r3mes_vllm.errors import R3mesError
 from r3mes_vllm.ipfs.cid import CID, RAW
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.node.doctor import checks_adapters, checks_engine, checks_local, checks_network
@@ -75,6 +76,37 @@ async def test_no_daemon_is_a_warning(tmp_path: Path) -> None:
     found = await checks_network.ipfs_daemon(settings(tmp_path, ipfs_api_url=url))
     assert found.status == "warn"
     assert found.fix == "ipfs daemon"
+
+
+async def test_one_mistake_fails_once() -> None:
+    async def fails() -> Finding:
+        raise R3mesError("the backend's URL is plain http", hint="--insecure")
+
+    found = await examine({"backend": fails, "clock": fails, "gateways": fails})
+    assert [it.status for it in found] == ["fail", "skip", "skip"]
+    assert "'backend'" in found[1].message
+
+
+HANGS = """
+import socket, time
+resolve = socket.getaddrinfo
+def hanging(host, *rest, **named):
+    if "example" in str(host):
+        time.sleep(100)
+    return resolve(host, *rest, **named)
+socket.getaddrinfo = hanging
+"""
+
+
+def test_a_name_server_that_never_answers_does_not_hold_it(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HANGS)
+    urls = ("--backend-url", "https://b.example", "--ipfs-gateway", "https://g.example")
+    began = time.monotonic()
+    found = run("doctor", *urls, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert time.monotonic() - began < 30
+    assert found.returncode == 1
+    assert "FAIL backend" in found.stdout
+    assert "FAIL gateways" in found.stdout
 
 
 async def test_a_check_that_hangs_ends() -> None:

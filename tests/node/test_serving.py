@@ -301,6 +301,15 @@ class TestDoors:
         assert answer.status_code == 404
         assert "there is no" in answer.json()["error"]["message"]
 
+    def test_an_idle_connection_outlasts_the_clients_patience(self, network: Network) -> None:
+        """Else a request may meet the node's closing of it: httpx keeps one for 5 s."""
+        where = httpx.URL(network.node.url)
+        with socket.create_connection((where.host, where.port or 80), timeout=20) as connection:
+            for pause in (5.5, 0):
+                connection.sendall(b"GET /ready HTTP/1.1\r\nHost: node\r\n\r\n")
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+                time.sleep(pause)
+
     def test_health_and_readiness(self, network: Network) -> None:
         health = httpx.get(f"{network.node.url}/health").json()
         assert health["status"] == "ok"

@@ -33,7 +33,9 @@ async def examine(
     *,
     timeout_s: float = TIMEOUT_S,
 ) -> list[Finding]:
-    """All at once, in the order of `checks`; `told` hears of each as it ends."""
+    """All at once, in the order of `checks`; `told` hears of each as it ends. What several fail of
+    is said once."""
+    failures: dict[str, str] = {}
 
     async def run(name: str, check: Check) -> Finding:
         began = time.monotonic()
@@ -44,6 +46,8 @@ async def examine(
             found = Finding("fail", f"no result within {timeout_s:g} s", "r3mes-vllm doctor")
         except R3mesError as error:
             found = Finding("fail", str(error), error.hint)
+            if (first := failures.setdefault(str(error), name)) != name:
+                found = Finding("skip", f"fails as {first!r} does")
         except (OSError, ValueError) as error:
             found = Finding("fail", str(error)[:300] or type(error).__name__)
         found = replace(found, check=name, seconds=round(time.monotonic() - began, 3))
