@@ -189,8 +189,11 @@ class _Socket(httpcore.AsyncNetworkStream):
         return self
 
     def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable":  # asked of an idle connection: whether its server has closed it
-            return self._reader.at_eof()
+        if info == "is_readable":
+            # Asked of an idle connection: its server has closed it, or has said something (that it
+            # waits no longer, as 408) which would be taken for the answer to the next request.
+            unasked: bytearray = self._reader._buffer  # type: ignore[attr-defined]
+            return bool(unasked) or self._reader.at_eof()
         return self._writer.get_extra_info({"server_addr": "peername"}.get(info, info))
 
 

@@ -50,6 +50,23 @@ async def test_a_connection_that_the_server_closed_is_not(http: httpx.AsyncClien
             await asyncio.sleep(0.05)
 
 
+async def test_what_a_server_says_unasked_is_no_answer(http: httpx.AsyncClient) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await asyncio.sleep(0.02)
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 4\r\n\r\nlate")
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for _ in range(3):
+            assert (await http.get(f"http://127.0.0.1:{port}")).text == "ok"
+            await asyncio.sleep(0.1)
+
+
 async def test_nobody_listens(http: httpx.AsyncClient) -> None:
     with pytest.raises(httpx.ConnectError):
         await http.get(f"http://127.0.0.1:{unused_port()}")
