@@ -31,7 +31,7 @@ def register() -> None:
     if current_platform.is_cpu():
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: CPU_WRAPPER)
         torch.cpu._init_amx()  # Linux kills who uses these tiles unasked, as vLLM's attention does
-    else:
+    elif current_platform.is_cuda_alike():
         from r3mes_vllm.engine import sampling  # the sampler's kernels need Triton
 
         sampling.bound()
