@@ -96,6 +96,8 @@ async def test_two_engines_under_plain_vllm_answer_as_one(
         module="vllm.entrypoints.launchers.api_server.entry",
         env={
             "VLLM_PLUGINS": "r3mes",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or both would share a core
+            "OMP_NUM_THREADS": "1",
             "R3MES_LORAS": _both(network),
             "R3MES_BACKEND_URL": "http://127.0.0.1:9",
             "R3MES_SERVING_NODE_HOST": "127.0.0.1",
