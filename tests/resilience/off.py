@@ -33,7 +33,7 @@ def failed_without(it: Property) -> tuple[bool, str]:
     """Whether its test failed, as it must, and what pytest said."""
     with tempfile.TemporaryDirectory(prefix="off-") as name:
         copy = Path(name)
-        for part in ("r3mes_vllm", "tests", "configs", "benchmarks"):
+        for part in ("r3mes_vllm", "tests", "configs", "benchmarks", "docs"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "r3mes_vllm" / it.switch.file).write_text(edited(it.switch))
