@@ -150,8 +150,9 @@ async def cut_power(folder: Path, *, cuts: int, nodes: int, chance: random.Rando
     machine = Machine(folder, chance)
     gateway = asyncio.create_task(serve_car(folder / "adapter.car", machine.gateway_port))
     try:
-        for _ in range(cuts):
+        for number in range(cuts):
             await _cut(machine)
+            print(f"{number + 1} of {cuts} cuts", file=sys.stderr, flush=True)
         for _ in range(nodes):
             await _cut_node(machine)
         await _serves(machine, with_node=bool(nodes))
