@@ -10,9 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from types import FrameType
 
 import httpx
@@ -68,7 +66,7 @@ def run(*, once: bool, node_port: int, backend_port: int) -> None:
         )
         for name in QUESTIONS:
             _wait_for_holder(backend_url, name, node)
-        _ask_all(backend_url)
+        asyncio.run(_ask_all(backend_url))
         say(f"\nbackend  {backend_url}    chat, /v1 and the list of nodes")
         say(f"node     {node_url}    /chat, /v1 (OpenAI), /health")
         if once:
@@ -168,36 +166,40 @@ def _until(
     raise DemoFailed(f"waited {seconds:.0f} s for {what}")
 
 
-def _ask_all(backend_url: str) -> None:
+async def _ask_all(backend_url: str) -> None:
     """All at once, as the engine takes them; the answers are shown as they come, in order."""
-    with ThreadPoolExecutor() as threads:
-        pieces: dict[str, SimpleQueue[str | None]] = {name: SimpleQueue() for name in QUESTIONS}
+    pieces = {name: asyncio.Queue[str | None]() for name in QUESTIONS}
+    async with httpx.AsyncClient(base_url=backend_url, timeout=120, trust_env=False) as client:
         asked = {
-            name: threads.submit(_ask, backend_url, name, QUESTIONS[name], pieces[name])
-            for name in QUESTIONS
+            name: asyncio.create_task(_ask(client, name, question, pieces[name]))
+            for name, question in QUESTIONS.items()
         }
-        for name, question in QUESTIONS.items():
-            say(f"\n[{name}] {question}")
-            for text in iter(pieces[name].get, None):
-                console().print(text, end="", markup=False)
-            say(f"\n  {asked[name].result()}")
+        try:
+            for name, question in QUESTIONS.items():
+                say(f"\n[{name}] {question}")
+                while (text := await pieces[name].get()) is not None:
+                    console().print(text, end="", markup=False)
+                say(f"\n  {await asked[name]}")
+        finally:
+            for task in asked.values():
+                task.cancel()
+            await asyncio.gather(*asked.values(), return_exceptions=True)
 
 
-def _ask(backend_url: str, adapter: str, question: str, pieces: SimpleQueue[str | None]) -> str:
+async def _ask(
+    client: httpx.AsyncClient, adapter: str, question: str, pieces: asyncio.Queue[str | None]
+) -> str:
     """Who answered; the answer itself goes into `pieces`, with None after its last one."""
     body = {"message": question, "lora_name": adapter, "temperature": 0}
     try:
-        with httpx.stream(
-            "POST", f"{backend_url}/chat", json=body, timeout=120, trust_env=False
-        ) as answer:
+        async with client.stream("POST", "/chat", json=body) as answer:
             if not answer.is_success:
-                raise DemoFailed(
-                    f"{adapter} did not answer: {answer.status_code} {answer.read()!r}"
-                )
-            for text in answer.iter_text():
-                pieces.put(text)
+                said = await answer.aread()
+                raise DemoFailed(f"{adapter} did not answer: {answer.status_code} {said!r}")
+            async for text in answer.aiter_text():
+                pieces.put_nowait(text)
             served_by = answer.headers.get("x-r3mes-node", "?")
             cid = answer.headers.get("x-r3mes-cid", "?")
             return f"adapter {cid}, node {served_by}"
     finally:
-        pieces.put(None)
+        pieces.put_nowait(None)
