@@ -73,15 +73,18 @@ async def test_nobody_listens(http: httpx.AsyncClient) -> None:
 
 
 async def test_a_server_that_reads_nothing(http: httpx.AsyncClient) -> None:
+    given_up = asyncio.Event()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        await asyncio.sleep(5)
+        await given_up.wait()
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(httpx.WriteTimeout):
             await http.post(f"http://127.0.0.1:{port}", content=bytes(64 << 20))
+        given_up.set()
 
 
 @pytest.fixture
