@@ -1,8 +1,11 @@
 """The page of results, made of the JSON files beside it and of nothing else.
 
 python -m benchmarks.report [FOLDER]
+
+It fills the tables of docs/performance.md too, if the folder is the repository's.
 """
 
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,6 +15,10 @@ from benchmarks.results import LEAST_PAIRS, RESULTS, Figure, Run, told
 from benchmarks.suites import SUITES
 
 PAGE = "README.md"
+EXPLAINED = RESULTS.parent.parent / "docs" / "performance.md"
+_PLOTS = 3
+"""Of a run, on that page."""
+_BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEAD = """# Results
 
 Made of the JSON files in this folder by `python -m benchmarks.report`; nothing is written by hand.
@@ -35,9 +42,13 @@ def written(folder: Path) -> list[Path]:
     from benchmarks import plots
 
     runs = read(folder)
-    page = folder / PAGE
-    page.write_text(page_of(runs))
-    return [page, *(path for run in shown(runs) for path in plots.drawn(run, folder))]
+    pages = {folder / PAGE: page_of(runs)}
+    drawn = [path for run in shown(runs) for path in plots.drawn(run, folder)]
+    if folder.resolve() == RESULTS:
+        pages[EXPLAINED] = explained(EXPLAINED.read_text(), runs)
+    for path, text in pages.items():
+        path.write_text(text)
+    return [*pages, *drawn]
 
 
 def read(folder: Path) -> list[Run]:
@@ -62,6 +73,37 @@ def page_of(runs: Sequence[Run]) -> str:
         parts.append(f"## {suite}\n\n{of_suite[0].about}\n")
         parts += [section(run) for run in of_suite]
     return "\n".join(parts)
+
+
+def explained(page: str, runs: Sequence[Run]) -> str:
+    """`page` with the figures anew between `<!-- results: SUITE -->` and `<!-- end -->`."""
+    return _BLOCK.sub(lambda it: it[1] + _of_suite(it[2], runs) + it[3], page)
+
+
+def _of_suite(suite: str, runs: Sequence[Run]) -> str:
+    """The newest run of each model on a GPU, and the newest without: what has a target and, where
+    nothing has one, what its plots say by bars."""
+    newest = {
+        (bool(run.machine.gpu), run.model): run
+        for run in sorted(runs, key=lambda it: it.started)
+        if run.suite == suite and run.ended == "complete" and not run.quick
+    }
+    if not newest:
+        return "\nNot measured yet.\n\n"
+    folder = f"../{RESULTS.parent.name}/{RESULTS.name}"
+    lines = [""]
+    for _, run in sorted(newest.items(), reverse=True):
+        where = run.machine.gpu or f"{run.machine.cores} cores of {run.machine.processor}"
+        parts = (where, run.model, str(run.settings.get("dtype", "")), f"{run.started:%Y-%m-%d}")
+        about = ", ".join(it for it in parts if it)
+        lines += [f"{about}; [all figures, settings, pairs]({folder}/{PAGE}#{suite}):", ""]
+        aimed = [it for it in run.figures if it.target]
+        told_of = aimed or [it for it in run.figures if it.chart and it.x is None]
+        lines += table(told_of) if told_of else []
+        for chart in [*charts(run)][:_PLOTS]:
+            name = f"{plot_name(run, chart)}.png"
+            lines += [f"![{chart}]({folder}/{name})", ""] if (RESULTS / name).exists() else []
+    return "\n".join([*lines, ""])
 
 
 def section(run: Run) -> str:

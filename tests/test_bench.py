@@ -210,7 +210,25 @@ def test_a_quick_run_has_no_targets_and_is_written_nowhere(
 
 
 def test_the_page_of_results_is_what_its_files_give() -> None:
-    assert (RESULTS / report.PAGE).read_text() == report.page_of(report.read(RESULTS))
+    runs = report.read(RESULTS)
+    assert (RESULTS / report.PAGE).read_text() == report.page_of(runs)
+    page = report.EXPLAINED.read_text()
+    assert page == report.explained(page, runs)
+    assert all(f"<!-- results: {suite} -->" in page for suite in SUITES)
+
+
+def test_the_page_that_explains_has_the_newest_complete_run(suite: types.ModuleType) -> None:
+    run = ran(suite, two_figures)
+    late = run.started.replace(year=9000)
+    others = {"quick": True}, {"ended": "interrupted"}
+    runs = [run, *(run.model_copy(update={"started": late, **it}) for it in others)]
+    page = report.explained("a\n<!-- results: made-up -->\nold\n<!-- end -->\nb\n", runs)
+    assert page.startswith("a\n<!-- results: made-up -->\n")
+    assert "old" not in page
+    assert page.endswith("<!-- end -->\nb\n")
+    assert page.count("| 1 adapters: ours / stock |") == 1
+    assert "9000" not in page
+    assert report.explained(page, runs) == page
 
 
 def test_plots_are_drawn(suite: types.ModuleType, tmp_path: Path) -> None:
