@@ -3,9 +3,9 @@
     r3mes-vllm bench grid [--rounds 5] [--only "8 adapters"] [--dtype float32]
 
 As `kept`, over a grid: ours and stock vLLM with the same flags in processes of their own, each of
-its own base model too, and PEFT, which has one adapter at a time and gets the requests of each as
-one batch. Requests are dealt to the adapters in turn; with fewer requests than adapters only as
-many adapters have one.
+its own base model too, and PEFT and llama.cpp, which have one adapter at a time and get the
+requests of each as one batch. Requests are dealt to the adapters in turn; with fewer requests than
+adapters only as many adapters have one.
 """
 
 import tempfile
@@ -13,13 +13,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import cpu_lora, peft_peer
+from benchmarks import cpu_lora, llama_cpp_peer, peft_peer
 from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.results import Target
 from benchmarks.shapes import shape_of, told
 from benchmarks.side_by_side import Worker
 
 PROMPT = 32
+ONE_BY_ONE = ("PEFT", "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Grid:
     slots: int
     ranks: tuple[int, ...]
     answer: int
-    peft: tuple[tuple[int, int], ...]
-    """Adapters and requests at once; it takes too long for all."""
+    one_by_one: tuple[tuple[int, int], ...]
+    """Adapters and requests at once, where those with one adapter at a time are asked."""
 
 
 QUICK = Grid((1, 4), (4,), 4, (8,), 8, ((4, 4),))
@@ -68,15 +69,21 @@ def run(plan: Plan, record: Record) -> None:
                 "max_lora_rank": rank,
                 "max_num_seqs": max(grid.at_once),
             }
-            peft = not set(cells).isdisjoint(grid.peft)
+            modules = {"stock": cpu_lora, "ours": cpu_lora}
+            if not set(cells).isdisjoint(grid.one_by_one):
+                modules["PEFT"] = peft_peer
+                if not shape.dummy and llama_cpp_peer.available():
+                    modules["llama.cpp"] = llama_cpp_peer
+                elif not shape.dummy:
+                    record.note(llama_cpp_peer.MISSING)
             asked = told(plan, folder) | {"adapters": folders, "seed": plan.seed, "flags": flags}
-            asked["engines"] = 3 if peft else 2
+            asked["engines"] = len(modules)
             workers = {
-                "stock": until_end.enter_context(Worker(cpu_lora.__name__, asked, "none")),
-                "ours": until_end.enter_context(Worker(cpu_lora.__name__, asked, "r3mes")),
+                side: until_end.enter_context(
+                    Worker(module.__name__, asked, "r3mes" if side == "ours" else "none")
+                )
+                for side, module in modules.items()
             }
-            if peft:
-                workers["PEFT"] = until_end.enter_context(Worker(peft_peer.__name__, asked, "none"))
             for adapters, at_once in cells:
                 _cell(plan, record, grid, workers, rank, adapters, at_once)
 
@@ -91,11 +98,12 @@ def _cell(
     at_once: int,
 ) -> None:
     job = {"requests": at_once, "prompt": PROMPT, "answer": grid.answer, "adapters": adapters}
-    sides = [it for it in workers if it != "PEFT" or (adapters, at_once) in grid.peft]
+    one_by_one = (adapters, at_once) in grid.one_by_one
+    sides = [it for it in workers if it not in ONE_BY_ONE or one_by_one]
     for turn in range(plan.rounds + 1):
         found = {}
         for side in in_turn(turn, sides):
-            if side != "PEFT":
+            if side not in ONE_BY_ONE:
                 found[f"{side} base"] = cpu_lora.rate(workers[side], job | {"adapters": 0})
             found[side] = cpu_lora.rate(workers[side], job)
         if turn:  # the first warms up
@@ -109,7 +117,7 @@ def _note(
     for peer, name in (
         ("ours base", "our base model"),
         ("stock", "stock vLLM"),
-        ("PEFT", "PEFT"),
+        *((it, it) for it in ONE_BY_ONE),
     ):
         if peer not in found:
             continue

@@ -5,15 +5,22 @@ import sys
 import types
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks import command, plots, report, working_set
+from benchmarks.gguf_files import write_adapter, write_model
 from benchmarks.harness import Plan, Record, carried_out, in_turn
 from benchmarks.results import LEAST_PAIRS, RESULTS, Figure, Pair, Run, Spread, Target, told
 from benchmarks.suites import SUITES, Suite
 from r3mes_vllm.cli.main import app
 from r3mes_vllm.errors import ConfigError
+from tests import tiny
 
 SUITE = Suite("made-up", "What is made up.", "tests.made_up_suite", model=False)
 
@@ -241,6 +248,28 @@ def test_plots_are_drawn(suite: types.ModuleType, tmp_path: Path) -> None:
     assert all(path.name in report.section(run) for path in files)
     before = [path.read_bytes() for path in files]
     assert [path.read_bytes() for path in plots.drawn(run, tmp_path)] == before
+
+
+def test_llama_cpp_gets_the_same_weights(tmp_path: Path) -> None:
+    """Transformers reads its format too, and orders a head's values as llama.cpp computes them."""
+    model = tiny.make_model(tmp_path / "model")
+    write_model(model, tmp_path / "model.gguf", torch.float32)
+    tokens = torch.arange(20, 60).reshape(1, -1)
+    logits = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)(tokens).logits
+        for folder, options in ((model, {}), (tmp_path, {"gguf_file": "model.gguf"}))
+    ]
+    assert torch.equal(*logits)
+
+    adapter = tiny.make_adapter(tmp_path / "adapter", seed=1)
+    write_adapter(adapter, model, tmp_path / "adapter.gguf", torch.float32)
+    written = {it.name: it.data for it in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors}
+    given = load_file(adapter / "adapter_model.safetensors")
+    assert len(written) == len(given)
+    prefix = "base_model.model.model.layers.1.self_attn"
+    assert np.array_equal(
+        written["blk.1.attn_output.weight.lora_b"], given[f"{prefix}.o_proj.lora_B.weight"]
+    )
 
 
 def test_every_suite_is_there() -> None:
