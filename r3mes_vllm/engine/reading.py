@@ -1,5 +1,6 @@
 """Reading an adapter in a thread of its own, at no cost to the thread that makes the tokens."""
 
+import multiprocessing
 import os
 import threading
 from contextlib import suppress
@@ -30,12 +31,25 @@ def read(runner: Any, request: LoRARequest) -> LoRAModel:
 
 
 def _step_back(device: torch.device) -> None:
-    """Let this thread have what the engine's leave."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    """Let this thread have what the engine's leave: other cores, or else what is left of theirs."""
+    if others := _other_cores():
+        os.sched_setaffinity(0, others)
+    else:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
     # of this thread alone; vLLM puts a warning in place of `torch.set_num_threads`
     torch._C.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinning is done for the current device, each thread's own
+
+
+def _other_cores() -> set[int]:
+    """Where vLLM has bound this worker to the cores that it computes on: the rest of those that the
+    process has which started it."""
+    if multiprocessing.parent_process() is None:
+        return set()
+    with suppress(OSError):
+        return os.sched_getaffinity(os.getppid()) - os.sched_getaffinity(0)
+    return set()
 
 
 def _into_page_cache(file: Path) -> None:
