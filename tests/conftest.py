@@ -25,6 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NODE_STARTS_S = 300
 HEARTBEAT_S = 1.0
+REFRESH_S = 1.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,12 +77,12 @@ def network(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 *("serve", "--loras", adapters, "--model", str(tiny_model)),
                 *("--backend-url", backend_url, "--host", "127.0.0.1", "--port", str(node_port)),
                 # as many slots as adapters: stock vLLM then mixes up the rows
-                *("--max-loras", "2"),
+                *("--max-loras", "2", "--allow-cid"),
                 *("--", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
                 url=node_url,
                 env={
                     "R3MES_HEARTBEAT_INTERVAL": str(HEARTBEAT_S),
-                    "R3MES_REGISTRY_REFRESH": "1",
+                    "R3MES_REGISTRY_REFRESH": str(REFRESH_S),
                 },
             )
         )

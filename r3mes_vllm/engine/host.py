@@ -22,7 +22,7 @@ from vllm.lora.request import LoRARequest
 from r3mes_vllm.adapters.supply import Obtained
 from r3mes_vllm.engine import staging
 from r3mes_vllm.engine.failures import Failures
-from r3mes_vllm.engine.names import Held, HeldNames, held
+from r3mes_vllm.engine.names import BY_CID, Held, HeldNames, held
 from r3mes_vllm.engine.version import State, Version
 from r3mes_vllm.errors import AdapterNotReady, BadCID, EngineError, R3mesError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
@@ -30,7 +30,6 @@ from r3mes_vllm.ipfs.cid import CID
 LOAD_TIMEOUT_S = 120.0
 REMOVE_TIMEOUT_S = 30.0
 _MOST_GONE = 32
-_BY_CID = "ipfs://"
 
 Obtain = Callable[[CID], Awaitable[Obtained]]
 """Fetch, verify, vet and lease. Raises IpfsError, AdapterError, StorageFull."""
@@ -213,9 +212,9 @@ class Host:
     async def _wanted(self, name: str) -> Version:
         """Of a name that leads nowhere yet. Raises UnknownAdapter."""
         plain, _, asked_cid = name.partition("@")
-        if self._allow_cid and name.startswith(_BY_CID):
+        if self._allow_cid and name.startswith(BY_CID):
             try:
-                cid = CID.parse(name.removeprefix(_BY_CID))
+                cid = CID.parse(name.removeprefix(BY_CID))
             except BadCID as error:
                 raise UnknownAdapter(str(error)) from error
         elif plain in self._names:
@@ -228,7 +227,7 @@ class Host:
             if asked_cid not in ("", str(cid)):
                 raise UnknownAdapter(f"{plain!r} is {cid} now, not {asked_cid[:100]!r}")
         self.failures.raise_known(str(cid))
-        return self._version(name if name.startswith(_BY_CID) else plain, str(cid), keep=False)
+        return self._version(name if name.startswith(BY_CID) else plain, str(cid), keep=False)
 
     def _version(self, name: str, cid: str, *, keep: bool) -> Version:
         version = self._versions.get(cid)

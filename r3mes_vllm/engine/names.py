@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from vllm.lora.request import LoRARequest
 
+BY_CID = "ipfs://"
+"""What a name begins with that says the adapter's CID."""
+
 
 @dataclass(frozen=True)
 class Held:

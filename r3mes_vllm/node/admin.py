@@ -45,7 +45,7 @@ async def put_adapter(request: Request) -> Response:
     return JSONResponse({"success": True, "adapter": view(version)})
 
 
-@router.delete("/adapters/{name}")
+@router.delete("/adapters/{name:path}")
 async def remove_adapter(request: Request, name: str) -> Response:
     """New requests for it are 404 from now on; those under way finish."""
     try:

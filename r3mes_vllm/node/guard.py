@@ -39,7 +39,7 @@ class Access(Enum):
     ADMIN = "admin"
 
 
-_ADAPTER = re.compile(r"^/adapters/[^/]+$")
+_ADAPTER = re.compile(r"^/adapters/.+$")  # ipfs://CID is a name
 _MODEL = re.compile(r"^/v1/models/.+$")  # hub names have a slash
 
 ROUTES: Mapping[tuple[str, str], Access] = {

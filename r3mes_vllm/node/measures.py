@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from r3mes_vllm.engine.names import BY_CID
 from r3mes_vllm.engine.watching import Generation
 
 MOST = 1000
@@ -20,8 +21,6 @@ TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 QUEUE_S = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 LOAD_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 CHECK_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-_BY_CID = "ipfs://"
 
 
 class Histogram:
@@ -89,7 +88,7 @@ class Measures:
         known = self._by_name.get(name or BASE)
         if known is not None:
             return known
-        if name is None or name.startswith(_BY_CID) or name not in self.served():
+        if name is None or name.startswith(BY_CID) or name not in self.served():
             return self._by_name[OTHER]
         if len(self._by_name) >= MOST and len(self.by_name()) >= MOST:
             return self._by_name[OTHER]

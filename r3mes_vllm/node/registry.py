@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from r3mes_vllm.adapters.catalog import Catalog
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.engine.host import Host
+from r3mes_vllm.engine.names import BY_CID
 from r3mes_vllm.engine.version import Version
 from r3mes_vllm.errors import BackendError, ConfigError, R3mesError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
@@ -75,7 +76,8 @@ class Registry:
         while True:
             await self._read(no_older_than_s=self._settings.registry_refresh / 2)
             for name in set(host.adapters) - self.fixed:
-                await self._switch(host, name)
+                if not name.startswith(BY_CID):
+                    await self._switch(host, name)
             await asyncio.sleep(self._settings.registry_refresh)
 
     async def _switch(self, host: Host, name: str) -> None:

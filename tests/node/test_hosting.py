@@ -2,16 +2,18 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import psutil
 import pytest
 
 from tests import tiny
-from tests.conftest import Network
+from tests.conftest import REFRESH_S, Network
 from tests.in_store import put_in_store
 from tests.programs import wait_until
 
@@ -118,6 +120,15 @@ def test_a_name_of_the_registry_is_loaded_when_it_is_asked_for_and_follows_it(
     wait_until(lambda: ask(node, "listed").json()["cid"] == cids[2], 10, "the new version")
     wait_until(lambda: states(node).get(cids[1]) == "gone", 10, "the old one to go")
     node.delete("/adapters/listed")
+
+
+def test_an_adapter_that_is_named_by_its_cid_is_not_looked_for_in_the_registry(
+    node: httpx.Client, network: Network, cids: list[str]
+) -> None:
+    assert ask(node, f"ipfs://{cids[1]}").json()["cid"] == cids[1]
+    time.sleep(3 * REFRESH_S)
+    assert "stays at its version" not in network.node.output()
+    assert node.delete(f"/adapters/{quote(f'ipfs://{cids[1]}', safe='')}").status_code == 200
 
 
 def test_an_openai_client_is_told_which_name_is_unknown(node: httpx.Client) -> None:
