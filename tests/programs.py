@@ -104,6 +104,11 @@ def program(
     running = Program(process, log, url)
     try:
         yield running
+    except Exception as error:
+        if process.poll() is not None:
+            last = running.output()[-2000:]
+            error.add_note(f"{' '.join(arguments[:1])} had ended with {process.returncode}: {last}")
+        raise
     finally:
         if process.poll() is None:
             process.terminate()
