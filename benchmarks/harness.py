@@ -142,7 +142,8 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
         if "R3MES_DEBUG_BENCH" in os.environ:
             raise
         ended = f"failed: {type(error).__name__}"
-        say(f"[{suite.name}] {type(error).__name__}: {str(error)[:2000]}")
+        told_of = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        say(f"[{suite.name}] {type(error).__name__}: {told_of[:4000]}")
     load = psutil.getloadavg()[0]
     run = Run(
         suite=suite.name,
