@@ -17,6 +17,7 @@ from r3mes_vllm.engine import carrying, ending, watching
 from r3mes_vllm.engine.canary import Canary
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.model import shape_of
+from r3mes_vllm.engine.names import BY_CID
 from r3mes_vllm.engine.unreadable import refuse_unreadable
 from r3mes_vllm.errors import AdapterRefused, ConfigError, EngineError
 from r3mes_vllm.identity import Identity, access_key, operator_key
@@ -77,16 +78,22 @@ class Node:
         )
 
     def failure(self, reason: str) -> restart.Failure:
-        """Of the engine. An adapter whose answers had NaN logits is not taken along."""
+        """Of the engine. An adapter whose answers had NaN logits is not taken along; one that is
+        named by its CID comes back when it is asked for."""
         adapters = self.describe().adapters
         blamed = {name.rpartition("@")[2] for name in self.canary.blamed}
         for name in (name for name, cid in adapters.items() if cid in blamed):
             report.warn(f"adapter {name!r} is left out: its answers had NaN logits")
+        kept = {
+            name: cid
+            for name, cid in adapters.items()
+            if cid not in blamed and not name.startswith(BY_CID)
+        }
         return restart.Failure(
             reason,
-            [f"{name}={cid}" for name, cid in adapters.items() if cid not in blamed],
-            sorted(adapters.keys() - self.registry.fixed),
-            sorted(name for name, version in self.host.adapters.items() if not version.keep),
+            [f"{name}={cid}" for name, cid in kept.items()],
+            sorted(kept.keys() - self.registry.fixed),
+            sorted(name for name in kept if not self.host.adapters[name].keep),
         )
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from tests import tiny
 from tests.engine.poisoned import POISON, poisonous_model
+from tests.in_store import put_in_store
 from tests.programs import Program, free_port, program, wait_until
 
 DETECTED_S = 15.0
@@ -31,6 +32,8 @@ ADDED = "added-later"
 class Network:
     backend: Program
     node: Program
+    nameless: str
+    """CID of an adapter that has no name at this node."""
 
     def listed(self) -> bool:
         answer = httpx.get(f"{self.backend.url}/api/serving-node/list", params={"lora": "legal"})
@@ -47,13 +50,15 @@ class Network:
         return next(it for it in processes if "EngineCore" in _title(it))
 
     def cids(self) -> dict[str, str]:
+        """By name, of those that have one beside it."""
         models = httpx.get(f"{self.node.url}/v1/models").json()["data"]
-        return {model["id"]: model["cid"] for model in models if "cid" in model}
+        named = [it for it in models if "cid" in it and it["id"] != f"ipfs://{it['cid']}"]
+        return {model["id"]: model["cid"] for model in named}
 
     def answers(self) -> dict[str, str]:
         """Of the base model and all adapters."""
         result = {}
-        for model in (tiny.NAME, *self.cids()):
+        for model in (tiny.NAME, *self.cids(), f"ipfs://{self.nameless}"):
             body = {"model": model, "prompt": QUESTION, "temperature": 0, "max_tokens": 12}
             answer = httpx.post(f"{self.node.url}/v1/completions", json=body, timeout=60)
             result[model] = answer.json()["choices"][0]["text"]
@@ -89,7 +94,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         node = running.enter_context(
             program(
                 folder,
-                *("serve", "--loras", adapters, "--model", str(model)),
+                *("serve", "--loras", adapters, "--model", str(model), "--allow-cid"),
                 *("--backend-url", backend_url, "--host", "127.0.0.1", "--port", str(node_port)),
                 url=node_url,
                 env={"R3MES_HEARTBEAT_INTERVAL": "1"},
@@ -97,7 +102,9 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         )
         backend.wait_for("/health", 30)
         node.wait_for("/ready", STARTS_S)
-        network = Network(backend, node)
+        nameless = tiny.make_adapter(folder / "nameless", seed=9)
+        cid = asyncio.run(put_in_store(folder / "cache", nameless))
+        network = Network(backend, node, cid)
         wait_until(network.listed, 20, "the node to be listed")
         body = {"name": ADDED, "cid": network.cids()["medical"]}
         httpx.post(f"{node_url}/adapters", json=body, timeout=60).raise_for_status()
