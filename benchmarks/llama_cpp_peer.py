@@ -8,7 +8,6 @@ import ctypes
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import worker_told
-from benchmarks.side_by_side import jobs, tell
+from benchmarks.side_by_side import one_by_one
 
 MISSING = "llama.cpp is not measured: pip install llama-cpp-python builds it (cmake and a compiler)"
 _BATCH = 2048
@@ -70,14 +69,10 @@ class Model:
     def vocabulary(self) -> int:
         return int(self._words)
 
-    def answer(self, adapter: int | None, prompts: Any, tokens: int) -> list[list[int]]:
-        """Greedy, `tokens` each; None is the base model."""
-        chosen = [] if adapter is None else [self._adapters[adapter]]
-        count = len(chosen)
-        pointers = (ctypes.c_void_p * count)(*chosen)
-        self._cpp.llama_set_adapters_lora(
-            self._context, pointers, count, (ctypes.c_float * count)(1)
-        )
+    def answer(self, adapter: int, prompts: Any, tokens: int) -> list[list[int]]:
+        """Greedy, `tokens` each."""
+        pointers = (ctypes.c_void_p * 1)(self._adapters[adapter])
+        self._cpp.llama_set_adapters_lora(self._context, pointers, 1, (ctypes.c_float * 1)(1))
         self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), True)
         rows = [[int(token) for token in prompt] for prompt in prompts]
         said: list[list[int]] = [[] for _ in rows]
@@ -120,15 +115,7 @@ def work(given: dict[str, Any]) -> None:
     """As `cpu_lora.work`: answers with the seconds that a job takes."""
     folders = [Path(it) for it in given["adapters"]]
     model = Model(Path(given["model"]), folders, given["dtype"], given["flags"]["max_num_seqs"])
-    most = model.vocabulary - 1
-    tell(None)
-    for job in jobs():
-        rng = np.random.default_rng(given["seed"])
-        prompts = rng.integers(min(1000, most // 2), most, (job["requests"], job["prompt"]))
-        began = time.perf_counter()
-        for number in range(min(job["adapters"], job["requests"])):
-            model.answer(number, prompts[number :: job["adapters"]], job["answer"])
-        tell(time.perf_counter() - began)
+    one_by_one(given["seed"], model.vocabulary - 1, model.answer)
 
 
 if __name__ == "__main__":

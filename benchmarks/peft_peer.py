@@ -1,13 +1,10 @@
 """PEFT, one adapter at a time: the requests of each adapter are one batch, adapters one by one."""
 
 import json
-import time
 from typing import Any
 
-import numpy as np
-
 from benchmarks.harness import worker_told
-from benchmarks.side_by_side import jobs, tell
+from benchmarks.side_by_side import one_by_one
 
 
 def work(given: dict[str, Any]) -> None:
@@ -31,25 +28,21 @@ def work(given: dict[str, Any]) -> None:
         else:
             model.load_adapter(folder, adapter_name=f"a{number}")
     model.eval()
-    most = model.config.vocab_size - 1
-    tell(None)
-    for job in jobs():
-        rng = np.random.default_rng(given["seed"])
-        prompts = rng.integers(min(1000, most // 2), most, (job["requests"], job["prompt"]))
-        began = time.perf_counter()
-        for number in range(min(job["adapters"], job["requests"])):
-            model.set_adapter(f"a{number}")
-            tokens = torch.tensor(prompts[number :: job["adapters"]], device=device)
-            with torch.inference_mode():
-                model.generate(
-                    input_ids=tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=job["answer"],
-                    min_new_tokens=job["answer"],
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-        tell(time.perf_counter() - began)
+
+    def answer(number: int, prompts: Any, length: int) -> None:
+        model.set_adapter(f"a{number}")
+        tokens = torch.tensor(prompts, device=device)
+        with torch.inference_mode():
+            model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=length,
+                min_new_tokens=length,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    one_by_one(given["seed"], model.config.vocab_size - 1, answer)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 
 _ANSWER = "answer "
@@ -82,6 +84,22 @@ def jobs() -> Iterator[Any]:
 
 def tell(answer: Any) -> None:
     print(f"{_ANSWER}{json.dumps(answer)}", flush=True)
+
+
+def one_by_one(seed: int, most: int, answer: Callable[[int, Any, int], object]) -> None:
+    """The jobs of a peer that has one adapter at a time: its seconds for each.
+
+    `answer` is called with an adapter's number, the prompts of all its requests, as rows of tokens
+    below `most`, and the tokens wanted of each.
+    """
+    tell(None)
+    for job in jobs():
+        rng = np.random.default_rng(seed)
+        prompts = rng.integers(min(1000, most // 2), most, (job["requests"], job["prompt"]))
+        began = time.perf_counter()
+        for number in range(min(job["adapters"], job["requests"])):
+            answer(number, prompts[number :: job["adapters"]], job["answer"])
+        tell(time.perf_counter() - began)
 
 
 def base_model() -> str:

@@ -148,8 +148,8 @@ async def _measured(
         for url, names in sides.values():  # stock was started with them, ours reads at first use
             for name in names[: size.kept]:
                 await ask(http, url, Asked(name, 8, 1))
-            for case in cases[:1]:  # and the first batch of several compiles its kernels
-                await _offered(http, url, names, case, size, WARMS_S, plan.seed)
+            # and the first batch of several compiles its kernels
+            await _offered(http, url, names, cases[0], size, WARMS_S, plan.seed)
         for turn in range(plan.rounds):
             fewest: dict[str, dict[str, float]] = {}
             for case in cases:
