@@ -5,7 +5,8 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -304,11 +305,15 @@ class TestDoors:
     def test_an_idle_connection_outlasts_the_clients_patience(self, network: Network) -> None:
         """Else a request may meet the node's closing of it: httpx keeps one for 5 s."""
         where = httpx.URL(network.node.url)
-        with socket.create_connection((where.host, where.port or 80), timeout=20) as connection:
+        with closing(HTTPConnection(where.host, where.port, timeout=20)) as connection:
+            connection.connect()
+            socket_at_first = connection.sock
             for pause in (5.5, 0):
-                connection.sendall(b"GET /ready HTTP/1.1\r\nHost: node\r\n\r\n")
-                assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+                connection.request("GET", "/ready")
+                answer = connection.getresponse()
+                assert (answer.status, answer.read()) == (200, b'{"ready":true}')
                 time.sleep(pause)
+            assert connection.sock is socket_at_first, "it would connect again by itself"
 
     def test_health_and_readiness(self, network: Network) -> None:
         health = httpx.get(f"{network.node.url}/health").json()
