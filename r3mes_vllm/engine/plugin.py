@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.config import ParallelConfig, SchedulerConfig
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
 
 from r3mes_vllm import discretion
@@ -31,6 +32,7 @@ def register() -> None:
     if current_platform.is_cpu():
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: CPU_WRAPPER)
         torch.cpu._init_amx()  # Linux kills who uses these tiles unasked, as vLLM's attention does
+        shm_broadcast.sched_yield = _leave_the_core
     elif current_platform.is_cuda_alike():
         from r3mes_vllm.engine import sampling  # the sampler's kernels need Triton
 
@@ -44,6 +46,15 @@ def register() -> None:
             os.setpgid(0, 0)
         _end_with_parent()
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")  # of every token, for the canary
+
+
+def _leave_the_core() -> None:
+    """Between two looks for a message, in place of `sched_yield`.
+
+    vLLM looks for a second after each message. Who only yields while alone on a core is, on Linux
+    6.18, put off for many seconds once another engine computes there: longer than the canary waits.
+    """
+    time.sleep(1e-6)
 
 
 def _end_with_parent() -> None:
