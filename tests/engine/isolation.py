@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ADAPTERS, SLOTS, KEPT, AT_ONCE = 12, 4, 6, 16
+ADAPTERS, SLOTS, KEPT, AT_ONCE = 20, 4, 8, 16
 PROMPTS = 8
 LONGEST = 12
 """Tokens of an answer."""
