@@ -16,6 +16,7 @@ from r3mes_vllm.backend.keys import client_keys
 from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.errors import ConfigError, PortTaken, R3mesError
 from r3mes_vllm.settings import Settings
+from r3mes_vllm.unread import bounded
 
 _BACKLOG = 2048
 _KEEPALIVE_S = 75
@@ -69,7 +70,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     for family, kind, protocol, _, address in dict.fromkeys(found):
         # asyncio sets TCP_NODELAY only where the protocol is named, and without it each small
         # piece of a stream waits 40 ms for an acknowledgement.
-        each = socket.socket(family, kind, protocol)
+        each = bounded(socket.socket(family, kind, protocol))
         try:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

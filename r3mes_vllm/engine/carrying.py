@@ -5,6 +5,8 @@ costs one prefill. Where the engine would then answer otherwise, because a penal
 counts from the answer's first token, the whole is generated again and has to come out the same.
 """
 
+import asyncio
+import copy
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -21,6 +23,30 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from r3mes_vllm.carry import HEADER, Past, Step
 from r3mes_vllm.errors import EngineError
+
+_LONGEST_TOKEN = 16
+"""Characters, in the mean of an answer."""
+
+
+class Texts:
+    """Answers so far, of nodes that did not say their tokens."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._longest = engine.model_config.max_model_len * _LONGEST_TOKEN
+        self._tokenizer = copy.deepcopy(engine.get_tokenizer())
+        self._lock = asyncio.Lock()
+
+    async def in_tokens(self, past: Past) -> Past:
+        """Encoded aside, for a long one takes seconds. Raises ValueError if it is too long."""
+        if past.steps is not None:
+            return past
+        if len(past.text) > self._longest:
+            raise ValueError("it is longer than the context")
+        async with self._lock:  # two threads may not use one tokenizer
+            tokens = await asyncio.to_thread(
+                self._tokenizer.encode, past.text, add_special_tokens=False
+            )
+        return Past([Step(tokens)])
 
 
 class Carried:
@@ -111,11 +137,7 @@ class _Answer:
         self._params = params
         self._id = request_id
         tokenizer = engine.get_tokenizer()
-        self._past: Sequence[Step] = (
-            past.steps
-            if past.steps is not None
-            else [Step(tokenizer.encode(past.text, add_special_tokens=False))]
-        )
+        self._past: Sequence[Step] = past.steps or []
         self._so_far = [token for step in self._past for token in step.tokens]
         if any(token >= engine.model_config.get_vocab_size() for token in self._so_far):
             raise VLLMValidationError("a token is not in the vocabulary", parameter=HEADER)

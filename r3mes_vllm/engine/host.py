@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -40,7 +40,7 @@ Lookup = Callable[[str], Awaitable[CID]]
 
 class Host:
     """`load_wait_s` is how long a request waits for an adapter that is not here yet; at most
-    `loads` of them are on their way at a time. With `allow_cid`, `ipfs://CID` is a name."""
+    `loads` of them are fetched at a time. With `allow_cid`, `ipfs://CID` is a name."""
 
     def __init__(
         self,
@@ -102,6 +102,11 @@ class Host:
         return dict(self._names)
 
     @property
+    def being_put(self) -> set[str]:
+        """Names that `put` will let lead elsewhere as soon as it can."""
+        return set(self._puts)
+
+    @property
     def versions(self) -> list[Version]:
         """All that is here, and the last that have gone."""
         return [*self._versions.values(), *self._gone]
@@ -121,7 +126,8 @@ class Host:
 
     async def add(self, name: str, obtained: Obtained, *, keep: bool = True) -> Version:
         """Serve what is in the store already as `name` and `name@cid`; put it on the engine while
-        there is room. Raises AdapterRefused when the engine will not load it, EngineError."""
+        there is room. Raises AdapterRefused when the engine will not load it, EngineError; what
+        the engine can't load now is loaded by its first request."""
         version = self._version(name, str(obtained.cid), keep=keep)
         if version.obtained is None:
             version.obtained = obtained
@@ -129,13 +135,15 @@ class Host:
         else:
             obtained.lease.release()  # known under another name
         if self._on_engine() < self._room:
-            await self._load(version)
+            with suppress(AdapterNotReady):
+                await self._load(version)
         self._point(name, version)
         return version
 
     async def put(self, name: str, cid: CID, *, keep: bool = True) -> Version:
         """Fetch, vet and stage `cid`, then let `name` lead to it; requests that hold the version
-        before go on with that. Raises what `hold` raises, but waits as long as it takes."""
+        before go on with that. Raises what `hold` raises, but waits as long as it takes; and
+        AdapterNotReady when the name was put or removed once more meanwhile."""
         mine = self._puts[name] = object()
         self.failures.forget(str(cid))
         self._removed.discard(name)
@@ -143,9 +151,14 @@ class Host:
         version.keep |= keep
         try:
             with self._held(version):
-                await asyncio.shield(self._loaded(version))
-                if self._puts.get(name) is mine:  # no other was put meanwhile
-                    self._point(name, version)
+                if not version.on_engine:
+                    await asyncio.shield(self._loaded(version))
+                if self._puts.get(name) is not mine:
+                    raise AdapterNotReady(
+                        f"{name!r} was put or removed once more meanwhile",
+                        hint="GET /adapters shows what it leads to",
+                    )
+                self._point(name, version)
         finally:
             if self._puts.get(name) is mine:
                 del self._puts[name]
@@ -238,10 +251,9 @@ class Host:
         return version
 
     async def _in_time(self, version: Version) -> None:
-        if version not in self._loading and len(self._loading) >= self._most_loads:
-            raise AdapterNotReady(
-                f"{len(self._loading)} adapters are being loaded already", hint="try again"
-            )
+        fetches = sum(it.obtained is None for it in self._loading)  # the others don't take long
+        if version not in self._loading and not version.obtained and fetches >= self._most_loads:
+            raise AdapterNotReady(f"{fetches} adapters are being loaded already", hint="try again")
         task = self._loaded(version)
         done, _ = await asyncio.wait({task}, timeout=self._load_wait)
         if not done:
@@ -266,9 +278,9 @@ class Host:
             return
         error = task.exception()  # that nobody waits for it any more is no reason to log it
         if error is None:
-            if version.names or version.name in self._puts:
+            if version.names:
                 return
-            if version.name not in self._names and version.name not in self._removed:
+            if version.name not in self._names.keys() | self._puts.keys() | self._removed:
                 self._point(version.name, version)
             elif not version.uses:
                 self._retire(version)
@@ -364,8 +376,10 @@ class Host:
 
     async def _end(self, version: Version) -> None:
         async with self._engine_lock:
-            if version.uses or version.names or version.state is State.GONE:
-                return  # it is wanted again, or another call was quicker
+            if version.uses or version.names or version in self._loading:
+                return  # it is wanted again
+            if version.state is State.GONE:
+                return  # another call was quicker
             self._versions.pop(version.cid, None)  # whoever wants it now gets another number
             try:
                 if version.on_engine:
@@ -374,7 +388,9 @@ class Host:
                 self._forget(version)
 
     def _forget(self, version: Version) -> None:
-        """Give up its place on disk."""
+        """Give up its place on disk, once."""
+        if version.state is State.GONE:
+            return
         if self._versions.get(version.cid) is version:
             del self._versions[version.cid]
         version.became(State.GONE)

@@ -16,6 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from r3mes_vllm.engine.sizes import Sizes
 from r3mes_vllm.errors import ConfigError, EngineError
+from r3mes_vllm.unread import bounded
 
 
 def arguments(
@@ -81,7 +82,7 @@ def run(
         # asyncio's is heard when the start is over, minutes later perhaps.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
-        return socket_for(address) or stock(address, reuse_port=reuse_port)
+        return socket_for(address) or bounded(stock(address, reuse_port=reuse_port))
 
     launcher.create_server_socket = create_server_socket
     cli_env_setup()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
 
+import torch
 from vllm.engine.protocol import EngineClient
 from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -21,7 +22,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from r3mes_vllm.engine import reading
 from r3mes_vllm.engine.cpu_lora import CpuPunicaWrapper
-from r3mes_vllm.errors import AdapterRefused, EngineError
+from r3mes_vllm.errors import AdapterNotReady, AdapterRefused, EngineError
 
 SLICE_S = 0.008
 """Of placing between two steps, while steps are short."""
@@ -32,7 +33,10 @@ _FORGET_TIMEOUT_S = 5.0
 _ATTEMPTS = 3
 """To place an adapter in a slot that no request wants in the meantime."""
 
-READING, PLACING, READY, FAILED = "reading", "placing", "ready", "failed"
+READING, PLACING, READY, REFUSED, FAILED = "reading", "placing", "ready", "refused", "failed"
+"""How far a worker is. `REFUSED` is the adapter's doing, `FAILED` is not: of memory, the disk."""
+
+_NOT_ITS_OWN = (OSError, MemoryError, torch.OutOfMemoryError, AdapterNotReady)
 
 
 Timed = Callable[[str, float], None]
@@ -47,13 +51,16 @@ async def load(
 ) -> None:
     """Have every worker of the engine hold the adapter, in a slot if one is idle.
 
-    Raises AdapterRefused when a worker can't load it, EngineError when the engine dies or takes
-    more than `limit_s`; then, and when it is cancelled, no worker keeps anything of it.
+    Raises AdapterRefused when a worker can't load it, AdapterNotReady when it can't now,
+    EngineError when the engine dies or takes more than `limit_s`; then, and when it is cancelled,
+    no worker keeps anything of it.
     """
     name = request.lora_name
     try:
         async with asyncio.timeout(limit_s):
             trouble = await (_staged if _stages(engine) else _added)(engine, request, timed)
+    except AdapterNotReady:
+        raise
     except TimeoutError as error:
         raise EngineError(
             f"the engine did not load adapter {name!r} within {limit_s:.0f} s"
@@ -101,13 +108,17 @@ async def _staged(engine: EngineClient, request: LoRARequest, timed: Timed) -> s
         await _call(engine, "r3mes_stage", id_, request.lora_name, request.lora_path)
         while True:
             answers = await _call(engine, "r3mes_advance", id_)
-            states = {state for state, _ in answers}
+            states = {state: str(text) for state, text in answers}
             if FAILED in states:
-                return next(str(text) for state, text in answers if state == FAILED)
+                raise AdapterNotReady(
+                    f"the engine can't load {request.lora_name!r} now: {states[FAILED]}"
+                )
+            if REFUSED in states:
+                return states[REFUSED]
             if READING not in states and read is None:
                 read = time.monotonic()
                 timed("stage", read - began)
-            if states == {READY}:
+            if states.keys() == {READY}:
                 loaded = True
                 timed("place", time.monotonic() - (read or began))
                 return None
@@ -176,7 +187,7 @@ class _Load:
         self._manager: Any = runner.lora_manager._adapter_manager
         self._sharded = self._manager.lora_config.fully_sharded_loras
         self._model: LoRAModel | None = None
-        self._trouble = "reading it ended too early"
+        self._trouble = FAILED, "reading it ended too early"
         self._placing = self._placed()
         self._last = time.perf_counter()
         # a daemon: a file that never comes must not keep the worker from ending
@@ -189,7 +200,7 @@ class _Load:
         if self._thread.is_alive():
             return READING, ""
         if self._model is None:
-            return FAILED, self._trouble
+            return self._trouble
         # half of what the engine had since the last slice: a third of its time at most
         until = began + min(max(SLICE_S, (began - last) / 2), _LONGEST_SLICE_S)
         try:
@@ -199,7 +210,7 @@ class _Load:
                     return PLACING, ""
         except Exception as error:  # noqa: BLE001 - whatever vLLM raises of a tensor's shape
             self.release()
-            return FAILED, _text(error)
+            return _trouble(error)
         return READY, ""
 
     def release(self) -> None:
@@ -217,7 +228,7 @@ class _Load:
         try:
             self._model = reading.read(self._runner, self._request)
         except Exception as error:  # noqa: BLE001 - told to whoever asks how far it is
-            self._trouble = _text(error)
+            self._trouble = _trouble(error)
 
     def _placed(self) -> Generator[None, None, None]:
         """Place it module by module, then hand it to vLLM."""
@@ -294,7 +305,7 @@ class _Load:
         if len(manager) + 1 > manager.capacity:
             idle = self._idle(manager._registered_adapters)
             if idle is None:
-                raise RuntimeError(
+                raise AdapterNotReady(
                     f"requests use all of the {manager.capacity} adapters of --max-cpu-loras"
                 )
             manager.remove_adapter(idle)
@@ -312,5 +323,6 @@ def _in_use(runner: Any) -> set[int]:
     return set(runner.input_batch.lora_id_to_request_ids)
 
 
-def _text(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _trouble(error: Exception) -> tuple[str, str]:
+    state = FAILED if isinstance(error, _NOT_ITS_OWN) else REFUSED
+    return state, str(error) or type(error).__name__

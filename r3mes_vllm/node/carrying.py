@@ -4,7 +4,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from r3mes_vllm.carry import FRAMES, HEADER, RESUME, Frame, Past, unpack_past
-from r3mes_vllm.engine.carrying import Carried, carried
+from r3mes_vllm.engine.carrying import Carried, Texts, carried
 from r3mes_vllm.node import bodies
 from r3mes_vllm.node.endings import ERRORS
 from r3mes_vllm.node.load import INFERENCE
@@ -16,6 +16,7 @@ class Carrying:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._texts: Texts | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = Headers(scope=scope).get(HEADER) if scope["type"] == "http" else None
@@ -29,6 +30,8 @@ class Carrying:
                 return  # the client is gone
             try:
                 past, body = unpack_past(body)
+                self._texts = self._texts or Texts(scope["app"].state.engine_client)
+                past = await self._texts.in_tokens(past)
             except (ValueError, RecursionError) as error:
                 message = f"{HEADER}: {RESUME}: {error}"
                 await refusal(scope["path"], 400, "bad_request", message)(scope, receive, send)

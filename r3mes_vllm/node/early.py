@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from r3mes_vllm.errors import PortTaken
 from r3mes_vllm.node.refusals import refusal
 from r3mes_vllm.request_id import HEADER, tame
+from r3mes_vllm.unread import bounded
 
 _CONNECTION_S = 5.0
 """For one connection, all in all."""
@@ -127,7 +128,7 @@ class Early:
 
 def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    door = socket.socket(family, socket.SOCK_STREAM)
+    door = bounded(socket.socket(family, socket.SOCK_STREAM))
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         door.bind((host, port))

@@ -34,6 +34,7 @@ class Registry:
         self._read_at = float("-inf")
         self._lock = asyncio.Lock()
         self._complaints: dict[str, str] = {}
+        self._switching: set[str] = set()
         self._prompts: dict[tuple[str, str], str] = {}
         """Of a name in the version with that CID."""
 
@@ -72,20 +73,23 @@ class Registry:
         return cid
 
     async def follow(self, host: Host) -> None:
-        """Switch names to the versions that the registry has, until cancelled."""
-        while True:
-            await self._read(no_older_than_s=self._settings.registry_refresh / 2)
-            for name in set(host.adapters) - self.fixed:
-                if not name.startswith(BY_CID):
-                    await self._switch(host, name)
-            await asyncio.sleep(self._settings.registry_refresh)
+        """Switch names to the versions that the registry has, until cancelled; one that comes
+        slowly keeps no other from being switched."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._read(no_older_than_s=self._settings.registry_refresh / 2)
+                for name in set(host.adapters) - self.fixed - self._switching:
+                    if not name.startswith(BY_CID):
+                        self._switching.add(name)
+                        group.create_task(self._switch(host, name))
+                await asyncio.sleep(self._settings.registry_refresh)
 
     async def _switch(self, host: Host, name: str) -> None:
         try:
             cid = await self._supply.resolve(self._catalog.place_of(name))
             served = host.find(name)
-            if served is None:
-                return
+            if served is None or name in host.being_put:
+                return  # removed, or the operator's to say
             prompt_changed = self.take_system_prompt(name, cid)
             if served.cid != str(cid):
                 await self._put(host, name, cid, served)
@@ -96,9 +100,12 @@ class Registry:
             return  # no longer listed: no reason to stop serving it
         except R3mesError as error:
             self._complain(name, f"adapter {name!r} stays at its version: {error}")
+        finally:
+            self._switching.discard(name)
 
     async def _put(self, host: Host, name: str, cid: CID, served: Version) -> None:
         try:
+            host.failures.raise_known(str(cid))
             await host.put(name, cid, keep=served.keep)
         except R3mesError:
             self._prompts.pop((name, str(cid)), None)

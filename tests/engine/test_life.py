@@ -30,6 +30,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.errored = False
+        self.slow: dict[str, asyncio.Event] = {}
         self.holds: dict[int, str] = {}
         self.ids: list[int] = []
         self.most = 0
@@ -37,6 +38,8 @@ class Engine:
     async def add_lora(self, request: Any) -> bool:
         await asyncio.sleep(0)
         how = request.lora_name.partition("@")[0]
+        if how in self.slow:
+            await self.slow[how].wait()
         if how == "hangs":
             await asyncio.sleep(3600)
         if how == "no":
@@ -237,9 +240,82 @@ async def test_of_two_versions_the_last_put_wins_also_when_it_comes_first(world:
     await asyncio.sleep(0)
     await world.host.put("x", B)
     world.network.slow[A].set()
-    older = await first
+    with pytest.raises(AdapterNotReady, match="once more"):  # no success that is none
+        await first
     assert world.served == {"x": str(B)}
-    await world.gone(older)
+    await wait_until_async(lambda: world.network.leased == [B], 2, "the other to go")
+
+
+async def test_a_put_whose_name_is_removed_meanwhile_says_so(world: World) -> None:
+    await world.host.put("x", A)
+    world.network.slow[B] = asyncio.Event()
+    put = asyncio.create_task(world.host.put("x", B))
+    await asyncio.sleep(0)
+    world.host.remove("x")
+    world.network.slow[B].set()
+    with pytest.raises(AdapterNotReady, match="once more"):
+        await put
+    assert not world.served
+    await wait_until_async(lambda: not world.network.leased, 2, "both to go")
+
+
+async def test_a_load_nobody_waits_for_goes_when_its_name_was_put_meanwhile(world: World) -> None:
+    for cid in (A, B):
+        world.network.slow[cid] = asyncio.Event()
+    left = asyncio.create_task(world.host.load("a"))
+    await wait_until_async(lambda: world.network.fetches == [A], 2, "the load to begin")
+    left.cancel()
+    put = asyncio.create_task(world.host.put("a", B))
+    await asyncio.sleep(0)
+    world.network.slow[A].set()
+    await wait_until_async(lambda: bool(world.engine.ids), 2, "the first to be loaded")
+    world.network.slow[B].set()
+    await put
+    await wait_until_async(lambda: world.network.leased == [B], 2, "the first to go")
+    assert world.served == {"a": str(B)}
+
+
+async def test_what_is_asked_for_again_while_it_goes_keeps_its_lease(world: World) -> None:
+    for name in ("a", "b"):
+        await world.host.load(name)
+    world.engine.slow["c"] = asyncio.Event()
+    other = asyncio.create_task(world.host.load("c"))  # `a` makes room, and goes
+    await wait_until_async(lambda: "a" not in world.served, 2, "the other to make room")
+    left = asyncio.create_task(world.host.load("a"))
+    await asyncio.sleep(0.01)
+    left.cancel()
+    world.engine.slow["c"].set()
+    await other
+    await wait_until_async(lambda: not world.host._loading, 2, "the loads")
+    await asyncio.sleep(0.05)
+    assert A in world.network.leased if "a" in world.served else A not in world.network.leased
+    assert len(world.engine.holds) <= ROOM
+    for name in ("b", "c", "a"):
+        await world.host.load(name)
+    assert world.engine.most == ROOM
+
+
+async def test_a_put_of_what_is_there_does_not_wait_for_who_waits_for_room() -> None:
+    world = World(room=1)
+    async with world.host.hold("a"):
+        waiting = asyncio.create_task(world.host.load("b"))
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(2):
+            await world.host.put("alias", A)
+    await waiting
+    assert world.served.keys() >= {"alias", "b"}
+    await world.host.aclose()
+
+
+async def test_slow_fetches_keep_out_nothing_that_is_on_the_disk() -> None:
+    world = World(load_wait_s=0.5, loads=1, room=1)
+    await world.host.put("a", A)
+    await world.host.put("b", B)
+    world.network.slow[C] = asyncio.Event()
+    with pytest.raises(AdapterNotReady):
+        await world.host.load("c")
+    await world.host.load("a")
+    await world.host.aclose()
 
 
 async def test_a_put_that_is_cancelled_leaves_nothing_of_what_it_began(world: World) -> None:

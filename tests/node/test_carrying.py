@@ -314,10 +314,11 @@ async def test_it_is_not_generated_again(network: Network) -> None:
         b'{"steps":[[["a"]]],"text":""}\n',
         b'{"steps":{"a":1},"text":""}\n',
         b'{"steps":null,"text":5}\n',
+        b'{"steps":null,"text":"' + b"word " * 1_000_000 + b'"}\n',
         b"[" * 100_000 + b"\n",
         b'{"steps":[[' + json.dumps([5] * 20_000).encode() + b']],"text":""}\n',
     ],
-    ids=range(11),
+    ids=range(12),
 )
 @pytest.mark.parametrize("path", ["/chat", CHAT])
 async def test_a_past_that_is_none(network: Network, path: str, past: bytes) -> None:

@@ -1,0 +1,15 @@
+"""Clients that read nothing of what they are sent."""
+
+import socket
+import sys
+
+LIMIT_MS = 60_000
+
+
+def bounded(door: socket.socket) -> socket.socket:
+    """`door`, whose connections Linux ends when the other side has taken nothing for `LIMIT_MS`,
+    or is not there any more. A server only sees a connection that is full, and would wait, with
+    all that the answer holds, for as long as the client likes."""
+    if sys.platform == "linux":
+        door.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LIMIT_MS)
+    return door
