@@ -70,6 +70,12 @@ class Watched(StagingExtension):
 
         safetensors.safe_open = slow if seconds else _open
 
+    def no_memory(self, none: bool) -> None:
+        def fails(*arguments: Any, **named: Any) -> Any:
+            raise MemoryError
+
+        safetensors.safe_open = fails if none else _open
+
     def short_slices(self, short: bool) -> None:
         staging.SLICE_S = staging._LONGEST_SLICE_S = 0.0 if short else 0.05
 
@@ -87,6 +93,7 @@ class Trial:
             "plain": plain,
             "staged": await self.staged(),
             "broken": {name: await self.refused(name) for name in BROKEN},
+            "no memory": await self.without_memory(),
             "at once": await self.at_once(),
             "full": await self.full(),
             "displaced": await self.displaced(),
@@ -195,6 +202,12 @@ class Trial:
             error = [type(raised).__name__, str(raised)]
         await self.answer(None)
         return {"error": error, "watch": [before, await self.watch()]}
+
+    async def without_memory(self) -> dict[str, Any]:
+        await self.ask("no_memory", True)
+        found = await self.refused("0")
+        await self.ask("no_memory", False)
+        return found
 
     async def at_once(self) -> list[list[list[int]]]:
         """Four at once into two slots, then a request to each at once."""

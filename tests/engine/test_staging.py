@@ -80,11 +80,17 @@ def test_a_broken_one_is_refused_and_leaves_nothing(
     seen: dict[str, Any], how: str, words: str
 ) -> None:
     kind, text = seen["broken"][how]["error"]
-    its_own = how in ("truncated", "too wide")
-    assert kind == ("AdapterRefused" if its_own else "AdapterNotReady")
+    assert kind == "AdapterRefused"
     assert words in text
     assert how in text
     before, after = seen["broken"][how]["watch"]
+    assert after == before
+
+
+def test_what_is_no_fault_of_the_adapter_is_not_held_against_it(seen: dict[str, Any]) -> None:
+    kind, text = seen["no memory"]["error"]
+    assert (kind, "MemoryError" in text) == ("AdapterNotReady", True)
+    before, after = seen["no memory"]["watch"]
     assert after == before
 
 

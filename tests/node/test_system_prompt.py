@@ -10,6 +10,7 @@ import pytest
 from r3mes_vllm.adapters.catalog import Catalog
 from r3mes_vllm.adapters.publish import read_system_prompt
 from r3mes_vllm.adapters.supply import Supply
+from r3mes_vllm.engine.failures import Failures
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.version import Version
 from r3mes_vllm.errors import ConfigError, R3mesError, SourceFailed
@@ -32,6 +33,8 @@ class Served:
 
     def __init__(self, cid: CID = ONE, error: R3mesError | None = None) -> None:
         self.cid, self.error = str(cid), error
+        self.being_put: set[str] = set()
+        self.failures = Failures()
 
     def find(self, name: str) -> Version:
         return Version(name, self.cid, 1, keep=True)
