@@ -141,6 +141,8 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
     except Exception as error:
         if "R3MES_DEBUG_BENCH" in os.environ:
             raise
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
         ended = f"failed: {type(error).__name__}"
         told_of = "\n".join([str(error), *getattr(error, "__notes__", ())])
         say(f"[{suite.name}] {type(error).__name__}: {told_of[:4000]}")

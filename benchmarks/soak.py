@@ -123,11 +123,15 @@ async def _part(
                 ("POST", "/chat", {"message": "hi", "lora_name": "passing", "max_tokens": 4}),
                 ("DELETE", "/adapters/passing", None),
             ):
-                async with http.request(method, url + path, json=body) as answer:
-                    await answer.read()
-                    part.requests += 1
+                part.requests += 1
+                try:
+                    async with http.request(method, url + path, json=body) as answer:
+                        await answer.read()
                     if not answer.ok:
                         part.errors[f"{method} {path}: {answer.status}"] += 1
+                except aiohttp.ClientError as error:
+                    part.errors[f"{method} {path}: {error}"[:60]] += 1
+                    await asyncio.sleep(1)
             part.cycles += 1
 
     began = time.monotonic()
