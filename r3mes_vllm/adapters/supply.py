@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -36,6 +36,9 @@ from r3mes_vllm.ipfs.tree import Limits
 from r3mes_vllm.settings import Settings
 
 ProgressCall = Callable[[Progress], None]
+
+TURN_S = 60.0
+"""A source that sends a kilobyte a second could else hold a place for `fetch_timeout`."""
 
 _KINDS = {BlocksSource: "blocks", KuboSource: "daemon", GatewaySource: "gateway"}
 
@@ -271,7 +274,7 @@ class Supply:
             for watcher in tuple(watchers):
                 watcher(progress)
 
-        async with self._gate, self._store.incoming(cid) as folder:
+        async with self._turn(), self._store.incoming(cid) as folder:
             if (lease := await asyncio.to_thread(self._store.lease, cid)) is not None:
                 lease.release()  # another process was quicker
                 return
@@ -287,6 +290,18 @@ class Supply:
             except (AdapterRefused, BadArchive, BadDAG, ContentTooLarge):
                 await asyncio.to_thread(self._store.discard, cid)
                 raise
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One of the places for fetches; who still fetches after `TURN_S` goes on without one."""
+        await self._gate.acquire()
+        with ExitStack() as place:
+            place.callback(self._gate.release)
+            over = asyncio.get_running_loop().call_later(TURN_S, place.close)
+            try:
+                yield
+            finally:
+                over.cancel()
 
     async def _fetch_into(
         self, folder: Path, cid: CID, sources: Sequence[Source], tell: ProgressCall

@@ -287,6 +287,20 @@ async def test_only_so_many_fetches_run_and_only_so_many_wait(
     await asyncio.gather(*wanted, return_exceptions=True)
 
 
+async def test_who_fetches_for_long_keeps_nobody_waiting(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    monkeypatch.setattr(supply, "TURN_S", 0.1)
+    one = Supply(store, ipfs_api=NOWHERE, gateways=[], at_once=1)
+    wanted = [asyncio.create_task(one.obtain(CID.of(RAW, bytes([it])))) for it in range(3)]
+    await until(lambda: len(counted.fetches) == 3)
+    for task in wanted:
+        task.cancel()
+    await asyncio.gather(*wanted, return_exceptions=True)
+    assert one._gate._value == 1, "each place is given back once"
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():
