@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from contextlib import suppress
 
 LIMIT_MS = 60_000
 
@@ -11,5 +12,6 @@ def bounded(door: socket.socket) -> socket.socket:
     or is not there any more. A server only sees a connection that is full, and would wait, with
     all that the answer holds, for as long as the client likes."""
     if sys.platform == "linux":
-        door.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LIMIT_MS)
+        with suppress(OSError):  # of a sandbox that does not know it
+            door.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LIMIT_MS)
     return door
