@@ -27,7 +27,7 @@ from benchmarks.fetch import hashed
 from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.results import Target
 from benchmarks.servers import Servers
-from benchmarks.shapes import Shape, adapter, shape_of
+from benchmarks.shapes import Shape, adapter, served_rank, shape_of
 from r3mes_vllm.ipfs.pack import pack
 from tests.in_store import put_in_store
 from tests.peers.js_ipfs import JsIpfs, js_ipfs
@@ -73,7 +73,7 @@ class _Cold:
 
     def run(self) -> None:
         plan, folder = self.plan, self.folder
-        servers = Servers(plan, folder, slots=4, kept=8, rank=max(8, _served(self.rank)))
+        servers = Servers(plan, folder, slots=4, kept=8, rank=max(8, served_rank(self.rank)))
         self.base = servers.name
         (published := folder / "published").mkdir()
         small = adapter(folder / "small", self.shape, seed=plan.seed)
@@ -216,11 +216,6 @@ class _Cold:
             better="lower",
             chart=f"Where a cold start from the {self.source} goes",
         )
-
-
-def _served(rank: int) -> int:
-    """The least that vLLM has kernels for."""
-    return next(it for it in (8, 16, 32, 64, 128, 256, 320, 512) if it >= rank)
 
 
 def _first(answer: Answer) -> float:

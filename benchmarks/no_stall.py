@@ -27,7 +27,7 @@ import torch
 from benchmarks.cpu_lora import SAMPLER
 from benchmarks.harness import Plan, Record, alone, in_turn, worker_told
 from benchmarks.results import Target
-from benchmarks.shapes import adapter, engine_flags, shape_of, told
+from benchmarks.shapes import adapter, engine_flags, served_rank, shape_of, told
 from benchmarks.side_by_side import Worker, jobs, tell
 
 SMALL_RANK = 8
@@ -121,7 +121,7 @@ async def _work(given: dict[str, Any]) -> None:
             max_num_seqs=16,
             max_loras=3,
             max_cpu_loras=4,
-            max_lora_rank=given["rank"],
+            max_lora_rank=served_rank(given["rank"]),
             enable_prefix_caching=False,
             **engine_flags(given),
         )

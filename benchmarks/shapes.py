@@ -160,6 +160,11 @@ def told(plan: Plan, folder: Path) -> dict[str, Any]:
     return {"model": str(made(shape, folder)), "dtype": plan.dtype, "dummy": shape.dummy}
 
 
+def served_rank(rank: int) -> int:
+    """The least value of vLLM's `max_lora_rank` that admits it."""
+    return next(it for it in (8, 16, 32, 64, 128, 256, 320, 512) if it >= rank)
+
+
 def engine_flags(told: Mapping[str, Any]) -> dict[str, Any]:
     """Of vLLM's engine, the same for all peers of a run; `engines` of them share a GPU."""
     from vllm.platforms import current_platform
