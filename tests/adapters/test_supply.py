@@ -321,7 +321,7 @@ async def test_a_liar_is_left_alone_in_the_next_fetch_too(store: Store, tmp_path
 
 
 async def test_what_is_fetched_can_be_pinned(store: Store, js_ipfs: JsIpfs, tmp_path: Path) -> None:
-    cid = CID.parse(js_ipfs.add(tiny.make_adapter(tmp_path / "mine", seed=7)))
+    cid = CID.parse(js_ipfs.add(tiny.make_adapter(tmp_path / "mine", seed=70)))
     assert str(cid) not in js_ipfs.pins()
     await Supply(store, ipfs_api=js_ipfs.api, gateways=[], pin=True).obtain(cid)
     assert str(cid) in js_ipfs.pins()
