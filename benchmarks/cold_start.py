@@ -55,7 +55,7 @@ def run(plan: Plan, record: Record) -> None:
         streams_meanwhile=STREAMS,
     )
     for source in SOURCES:
-        if plan.only in source:
+        if plan.wants(source):
             with tempfile.TemporaryDirectory() as name:
                 _Cold(plan, record, shape, rank, source, Path(name)).run()
 
@@ -94,6 +94,7 @@ class _Cold:
                 publish = lambda path: asyncio.run(put_in_store(cache, path))  # noqa: E731
             stock = until_end.enter_context(servers.stock(loras={"small": small}))
             node = until_end.enter_context(servers.node(*options, loras={"small": small}))
+            servers.ready()
             for turn in range(plan.rounds):
                 made = [self._another(publish) for _ in range(plan.pick(EACH, 2))]
                 asyncio.run(self._round(turn, node.url, stock.url, made))

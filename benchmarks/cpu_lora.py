@@ -21,7 +21,7 @@ import torch
 from benchmarks.harness import Plan, Record, alone, in_turn, worker_told
 from benchmarks.results import Target
 from benchmarks.shapes import Shape, adapter, engine_flags, shape_of, told
-from benchmarks.side_by_side import Worker, jobs, tell
+from benchmarks.side_by_side import Worker, jobs, ready, tell
 
 SAMPLER = "greedy, end of text ignored"
 ADAPTERS = 16
@@ -65,7 +65,7 @@ def run(plan: Plan, record: Record) -> None:
     shape = shape_of(plan.model, plan.quick)
     with tempfile.TemporaryDirectory() as name:
         for engine in plan.pick(list(ENGINES), ["8 slots"]):
-            cases = [it for it in CASES if it.engine == engine and plan.only in it.name]
+            cases = [it for it in CASES if it.engine == engine and plan.wants(it.name)]
             if cases:
                 _engine(plan, record, shape, engine, cases, Path(name))
 
@@ -77,6 +77,7 @@ def _engine(
     folders = adapters(folder / engine, shape, [8] * ADAPTERS, plan.seed, modules)
     asked = told(plan, folder) | {"adapters": folders, "seed": plan.seed, "flags": ENGINES[engine]}
     with Worker(__name__, asked, "none") as stock, Worker(__name__, asked, "r3mes") as ours:
+        ready(ours, stock)
         for case in cases:
             for turn in range(plan.rounds + 1):
                 rates = _round(turn, case, ours, stock)

@@ -19,7 +19,7 @@ from benchmarks.cpu_lora import SAMPLER, adapters
 from benchmarks.harness import Plan, Record, alone, in_turn, worker_told
 from benchmarks.results import Target
 from benchmarks.shapes import engine_flags, shape_of, told
-from benchmarks.side_by_side import Worker, jobs, tell
+from benchmarks.side_by_side import Worker, jobs, ready, tell
 
 SEATS, PROMPT, ANSWER, COLD_ANSWER = 16, 32, 64, 24
 """Requests at once; tokens."""
@@ -46,6 +46,7 @@ def run(plan: Plan, record: Record) -> None:
             Worker(__name__, asked, "r3mes", R3MES_ADAPTER_CYCLE="0") as stock,
             Worker(__name__, asked, "r3mes") as ours,
         ):
+            ready(ours, stock)
             for turn in range(plan.rounds):
                 found = {
                     kind: engine.ask({"every": every, "seconds": seconds})

@@ -60,6 +60,7 @@ def run(plan: Plan, record: Record) -> None:
         node = until_end.enter_context(
             servers.node("--backend-url", backend.url, loras=loras, R3MES_HEARTBEAT_INTERVAL="5")
         )
+        servers.ready()
         wait_until(lambda: "registered with" in node.output(), 60, "the node's registration")
         urls = {"vllm serve": stock.url, "node": node.url, "backend": backend.url}
         asyncio.run(_measured(plan, record, urls, servers.name, for_s))
@@ -74,7 +75,7 @@ async def _measured(
             for count in plan.pick(STREAMS, (1, 4)):
                 kind = "an adapter" if model == "legal" else "the base model"
                 case = f"{count} streams of {kind}"
-                if plan.only not in case:
+                if not plan.wants(case):
                     continue
                 for turn in range(plan.rounds + 1):
                     found = {}

@@ -17,7 +17,7 @@ from benchmarks import cpu_lora, llama_cpp_peer, peft_peer
 from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.results import Target
 from benchmarks.shapes import shape_of, told
-from benchmarks.side_by_side import Worker
+from benchmarks.side_by_side import Worker, ready
 
 PROMPT = 32
 ONE_BY_ONE = ("PEFT", "llama.cpp")
@@ -55,7 +55,7 @@ def run(plan: Plan, record: Record) -> None:
             (adapters, at_once)
             for at_once in grid.at_once
             for adapters in grid.adapters
-            if plan.only in f"{adapters} adapters, {at_once} at once, rank {rank}"
+            if plan.wants(f"{adapters} adapters, {at_once} at once, rank {rank}")
         ]
         if not cells:
             continue
@@ -77,13 +77,13 @@ def run(plan: Plan, record: Record) -> None:
                 elif not shape.dummy:
                     record.note(llama_cpp_peer.MISSING)
             asked = told(plan, folder) | {"adapters": folders, "seed": plan.seed, "flags": flags}
-            asked["engines"] = len(modules)
             workers = {
                 side: until_end.enter_context(
                     Worker(module.__name__, asked, "r3mes" if side == "ours" else "none")
                 )
                 for side, module in modules.items()
             }
+            ready(*workers.values())
             for adapters, at_once in cells:
                 _cell(plan, record, grid, workers, rank, adapters, at_once)
 

@@ -38,9 +38,12 @@ class Plan:
     """Of `benchmarks.shapes`."""
     dtype: str = "bfloat16"
     only: str = ""
-    """A part of the name of the cases that are measured."""
+    """A part of the name of the cases that are measured, or several with | between them."""
     seconds: float | None = None
     """Of a measurement; None for the suite's own."""
+
+    def wants(self, case: str) -> bool:
+        return any(part in case for part in self.only.split("|"))
 
     def lasts(self, usual: float, quick: float) -> float:
         """Seconds that a measurement takes."""
@@ -159,7 +162,7 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
         ended=ended,
         started=started,
         seconds=round(time.monotonic() - began, 1),
-        commit=_git("rev-parse", "HEAD"),
+        commit=_git("rev-parse", "HEAD") or os.environ.get("R3MES_BENCH_COMMIT", ""),
         # but for what earlier runs have written
         clean=not _git("status", "--porcelain", "--", ".", *_WRITTEN),
         versions=_versions(),

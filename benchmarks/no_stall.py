@@ -28,7 +28,7 @@ from benchmarks.cpu_lora import SAMPLER
 from benchmarks.harness import Plan, Record, alone, in_turn, worker_told
 from benchmarks.results import Target
 from benchmarks.shapes import adapter, engine_flags, served_rank, shape_of, told
-from benchmarks.side_by_side import Worker, jobs, tell
+from benchmarks.side_by_side import Worker, jobs, ready, tell
 
 SMALL_RANK = 8
 PROMPT, ANSWER = 4, 2
@@ -73,8 +73,9 @@ def run(plan: Plan, record: Record) -> None:
             )
             asked = told(plan, folder) | {"small": str(small), "large": str(large), "rank": rank}
             with Worker(__name__, asked, "none") as stock, Worker(__name__, asked, "r3mes") as ours:
+                ready(ours, stock)
                 for case in plan.pick(CASES, CASES[1:2]):
-                    if plan.only in f"{case.name}, {file}":
+                    if plan.wants(f"{case.name}, {file}"):
                         _measured(plan, record, case, file, ours, stock)
 
 

@@ -5,15 +5,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.harness import Plan
-from benchmarks.shapes import made, shape_of
+from benchmarks.shapes import KV_GIB, OF_GPU, made, shape_of
+from benchmarks.side_by_side import on_gpu
 from tests.programs import Program, free_port, program
 
 STARTS_S = 600
+_GPU_FLAGS = (
+    *("--kv-cache-memory-bytes", f"{KV_GIB << 30}"),
+    *("--gpu-memory-utilization", f"{OF_GPU}"),
+)
 _NOBODY = "http://127.0.0.1:9"
 
 
 class Servers:
-    """What all servers of a run have alike. `engines` share a GPU."""
+    """What all servers of a run have alike. Call `ready` when all of them have been entered."""
 
     def __init__(
         self,
@@ -24,9 +29,9 @@ class Servers:
         kept: int,
         rank: int,
         seats: int = 64,
-        engines: int = 2,
     ) -> None:
         shape = shape_of(plan.model, plan.quick)
+        self._together = on_gpu()
         self.folder = folder
         self.model = made(shape, folder)
         self.name = self.model.name
@@ -37,8 +42,21 @@ class Servers:
             *("--max-model-len", "2048", "--dtype", plan.dtype, "--seed", "0"),
             "--no-enable-prefix-caching",
             *(("--load-format", "dummy") if shape.dummy else ()),
-            *(("--gpu-memory-utilization", f"{0.85 / engines:.2f}") if _on_gpu() else ()),
+            *(_GPU_FLAGS if self._together else ()),
         ]
+        self._starting: list[tuple[Program, str]] = []
+
+    def ready(self) -> None:
+        """Wait until all have started: on a GPU they start at once."""
+        for it, path in self._starting:
+            it.wait_for(path, STARTS_S)
+        self._starting.clear()
+
+    def _started(self, it: Program, path: str) -> Program:
+        self._starting.append((it, path))
+        if not self._together:
+            self.ready()
+        return it
 
     @contextmanager
     def node(
@@ -56,8 +74,7 @@ class Servers:
             url=f"http://127.0.0.1:{port}",
             env={"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2"} | env,
         ) as it:
-            it.wait_for("/ready", STARTS_S)
-            yield it
+            yield self._started(it, "/ready")
 
     @contextmanager
     def stock(self, *, loras: Mapping[str, Path], name: str = "stock") -> Iterator[Program]:
@@ -82,11 +99,4 @@ class Servers:
                 "HF_HUB_OFFLINE": "1",
             },
         ) as it:
-            it.wait_for("/health", STARTS_S)
-            yield it
-
-
-def _on_gpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return not current_platform.is_cpu()
+            yield self._started(it, "/health")

@@ -15,8 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.harness import Plan
-from benchmarks.side_by_side import base_model
+from benchmarks.side_by_side import base_model, on_gpu
 
+KV_GIB = 12
+"""Of an engine on a GPU: room for 96,000 tokens of 8B. Said outright, so that engines that share it
+need not measure what is free while others start."""
+OF_GPU = 0.4
+"""What must be free of a GPU's memory when an engine starts."""
 LONGEST = 8192
 """Tokens of a prompt and its answer."""
 
@@ -166,12 +171,11 @@ def served_rank(rank: int) -> int:
 
 
 def engine_flags(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Of vLLM's engine, the same for all peers of a run; `engines` of them share a GPU."""
-    from vllm.platforms import current_platform
-
+    """Of vLLM's engine, the same for all peers of a run."""
     flags = {"model": told["model"], "dtype": told["dtype"], "seed": 0}
     if told["dummy"]:
         flags["load_format"] = "dummy"
-    if not current_platform.is_cpu():
-        flags["gpu_memory_utilization"] = round(0.85 / told.get("engines", 2), 2)
+    if on_gpu():
+        flags["kv_cache_memory_bytes"] = KV_GIB << 30
+        flags["gpu_memory_utilization"] = OF_GPU
     return flags

@@ -1,8 +1,8 @@
 """Peers measured in one run: each in a process of its own, one works while the others wait.
 
-The parent asks, `with Worker(__name__, told, ...) as worker: worker.ask(job)`; the worker is the
-same module started with `--worker`, and answers: `tell(None)` when it is ready, then each of
-`jobs()` with a `tell`.
+The parent asks, `with Worker(__name__, told, ...) as worker: ready(worker); worker.ask(job)`; the
+worker is the same module started with `--worker`, and answers: `tell(None)` when it is ready, then
+each of `jobs()` with a `tell`. Where there is a GPU all start at once, else one after the other.
 """
 
 import json
@@ -45,10 +45,17 @@ class Worker:
             | environment,
             start_new_session=True,  # Ctrl-C is the parent's: it ends them all
         )
+        self._ready = False
 
     def __enter__(self) -> "Worker":
-        self._answer()
+        if not on_gpu():
+            self.ready()
         return self
+
+    def ready(self) -> None:
+        if not self._ready:
+            self._answer()
+            self._ready = True
 
     def __exit__(self, kind: object, *_: object) -> None:
         assert self._process.stdin
@@ -74,6 +81,18 @@ class Worker:
             if line.startswith(_ANSWER):
                 return json.loads(line.removeprefix(_ANSWER))
         raise RuntimeError(f"the engine ended with {self._process.wait()}")
+
+
+def ready(*workers: Worker) -> None:
+    """Wait until all have started."""
+    for worker in workers:
+        worker.ready()
+
+
+def on_gpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
 
 
 def jobs() -> Iterator[Any]:

@@ -54,13 +54,14 @@ def run(plan: Plan, record: Record) -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        servers = Servers(plan, folder, slots=2, kept=4, rank=8, engines=1)
+        servers = Servers(plan, folder, slots=2, kept=4, rank=8)
         made = [
             adapter(folder / f"a{number}", shape, seed=plan.seed * 100 + number)
             for number in range(ADAPTERS + 1)
         ]
         cids = asyncio.run(_stored(folder / "node" / "cache", made[1:]))
         with servers.node(loras={"stays": made[0]}) as node:
+            servers.ready()
             tree = psutil.Process(node.process.pid)
             models = (servers.name, "stays")
             asyncio.run(_measured(plan, record, node.url, tree, models, cids, for_s))

@@ -18,6 +18,7 @@ on a CPU eight of U[8, 32), more than it can do, as there.
 
 import asyncio
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -80,7 +81,7 @@ def run(plan: Plan, record: Record) -> None:
     )
     for ranks in ((8,), RANKS["S2"]):
         cases = [it for it in _cases(size) if RANKS.get(it.shape, (8,)) == ranks]
-        cases = [it for it in cases if plan.only in it.name]
+        cases = [it for it in cases if plan.wants(it.name)]
         if not cases:
             continue
         with tempfile.TemporaryDirectory() as name, ExitStack() as until_end:
@@ -97,11 +98,12 @@ def run(plan: Plan, record: Record) -> None:
                 for i in range(most)
             }
             servers = Servers(plan, folder, slots=size.slots, kept=size.kept, rank=max(ranks))
-            cids = asyncio.run(_stored(servers, folders))
             stock = until_end.enter_context(servers.stock(loras=folders))
+            cids = asyncio.run(_stored(servers, folders))
             options = ("--allow-cid", "--load-wait", "600")
             first = {"a0": folders["a0"]}
             node = until_end.enter_context(servers.node(*options, loras=first))
+            servers.ready()
             sides = {
                 "ours": (node.url, [f"ipfs://{cid}" for cid in cids]),
                 "stock vLLM": (stock.url, list(folders)),
@@ -132,8 +134,13 @@ def _cases(size: Size) -> list[Case]:
 
 
 async def _stored(servers: Servers, folders: Mapping[str, Path]) -> list[str]:
-    cache = servers.folder / "node" / "cache"
-    return [await put_in_store(cache, path) for path in folders.values()]
+    cache, places = servers.folder / "node" / "cache", asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def stored(path: Path) -> str:
+        async with places:
+            return await put_in_store(cache, path)
+
+    return await asyncio.gather(*(stored(path) for path in folders.values()))
 
 
 async def _measured(

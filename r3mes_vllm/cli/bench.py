@@ -30,7 +30,9 @@ def bench(
         str, typer.Option(help="smol, tiny, or of random weights: llama-1b, llama-8b.")
     ] = "smol",
     dtype: Annotated[str, typer.Option(help="Of the engine: bfloat16 or float32.")] = "bfloat16",
-    only: Annotated[str, typer.Option(help="A part of the names of the cases to measure.")] = "",
+    only: Annotated[
+        str, typer.Option(help="A part of the names of the cases to measure; several: 'S1|zipf'.")
+    ] = "",
     seconds: Annotated[
         float | None, typer.Option(min=0.1, help="Of a measurement. [the suite's own]")
     ] = None,
