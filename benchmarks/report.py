@@ -82,11 +82,11 @@ def explained(page: str, runs: Sequence[Run]) -> str:
 
 def _of_suite(suite: str, runs: Sequence[Run]) -> str:
     """The newest run of each model on a GPU, and the newest without: what has a target and, where
-    nothing has one, what its plots say by bars."""
+    nothing has one, what its plots say by bars. One that was cut short only where no other is."""
     newest = {
         (bool(run.machine.gpu), run.model): run
-        for run in sorted(runs, key=lambda it: it.started)
-        if run.suite == suite and run.ended == "complete" and not run.quick
+        for run in sorted(runs, key=lambda it: (it.ended == "complete", it.started))
+        if run.suite == suite and not run.quick
     }
     if not newest:
         return "\nNot measured yet.\n\n"
@@ -94,7 +94,9 @@ def _of_suite(suite: str, runs: Sequence[Run]) -> str:
     lines = [""]
     for _, run in sorted(newest.items(), reverse=True):
         where = run.machine.gpu or f"{run.machine.cores} cores of {run.machine.processor}"
-        parts = (where, run.model, str(run.settings.get("dtype", "")), f"{run.started:%Y-%m-%d}")
+        dtype = str(run.settings.get("dtype", ""))
+        ended = "" if run.ended == "complete" else f"**not complete: {run.ended}**"
+        parts = (where, run.model, dtype, f"{run.started:%Y-%m-%d}", ended)
         about = ", ".join(it for it in parts if it)
         lines += [f"{about}; [all figures, settings, pairs]({folder}/{PAGE}#{suite}):", ""]
         aimed = [it for it in run.figures if it.target]

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from vllm.config import ParallelConfig, SchedulerConfig
+from vllm.config import LoRAConfig, ParallelConfig, SchedulerConfig
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
 
@@ -20,10 +20,12 @@ from r3mes_vllm.engine import grammars
 CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.CpuPunicaWrapper"
 WORKER_EXTENSION = "r3mes_vllm.engine.staging.StagingExtension"
 
+_log = logging.getLogger("vllm.r3mes")
 _WATCH, _WATCH_S = "r3mes-parent", 1.0
 
 _stock_scheduler = SchedulerConfig.get_scheduler_cls
 _stock_parallel = ParallelConfig.__post_init__
+_stock_verify = LoRAConfig.verify_with_model_config
 
 
 def register() -> None:
@@ -40,6 +42,7 @@ def register() -> None:
     grammars.bound()
     SchedulerConfig.get_scheduler_cls = _fair_scheduler
     ParallelConfig.__post_init__ = _with_staging
+    LoRAConfig.verify_with_model_config = _never_specialized
     if multiprocessing.parent_process():
         # Ctrl-C reaches the whole group: vLLM's workers would end under their requests.
         with suppress(PermissionError):
@@ -85,6 +88,22 @@ def _fair_scheduler(self: SchedulerConfig) -> type[Any]:
     from r3mes_vllm.engine.scheduler import FairAsyncScheduler, FairScheduler
 
     return FairAsyncScheduler if self.async_scheduling else FairScheduler
+
+
+def _never_specialized(self: LoRAConfig, *arguments: Any) -> None:
+    """One graph for any number of adapters.
+
+    With `specialize_active_lora` vLLM captures graphs for 1, 2, 4, 8... adapters and chooses one by
+    the adapters of a batch; its kernels count the base model as one more. Eight adapters beside it
+    get the graph of eight, and the last one's requests are answered by the base model.
+    """
+    if self.specialize_active_lora:
+        self.specialize_active_lora = False
+        _log.warning(
+            "--specialize-active-lora is left out: beside requests to the base model it answers "
+            "those of an adapter without it"
+        )
+    _stock_verify(self, *arguments)
 
 
 def _with_staging(self: ParallelConfig) -> None:

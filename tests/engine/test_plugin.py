@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+from vllm.lora.utils import get_captured_lora_counts
 
 ASKED = """
 import ctypes
@@ -39,3 +42,31 @@ def test_a_worker_that_waits_leaves_its_core_to_others() -> None:
     """Another engine's worker may be bound to it: vLLM's own wait starves behind that one."""
     took = subprocess.check_output([sys.executable, "-c", WAITS], text=True)
     assert 0 < float(took.split()[-1]) < 0.5, "seconds of a core for a second's wait"
+
+
+def test_vllms_kernels_count_the_base_model_as_one_more_adapter() -> None:
+    """While this is so, a graph that was captured for the eight adapters of a batch leaves one out
+    where the base model is beside them."""
+    counts = get_captured_lora_counts(32, specialize=True)
+    kernels = LoRAKernelMeta.make(32, 9, device="cpu", captured_lora_counts=counts)
+    kernels.prepare_tensors(torch.arange(8))
+    assert kernels.num_active_loras_cpu.item() == 8
+    kernels.prepare_tensors(torch.arange(-1, 8))
+    assert kernels.num_active_loras_cpu.item() == 16
+
+
+SPECIALIZED = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+from r3mes_vllm.engine import plugin
+plugin.register()
+flags = EngineArgs(sys.argv[1], enable_lora=True, specialize_active_lora=True, max_loras=8)
+print("specialized", flags.create_engine_config().lora_config.specialize_active_lora)
+"""
+
+
+def test_no_graph_is_of_a_number_of_adapters(tiny_model: Path) -> None:
+    command = [sys.executable, "-c", SPECIALIZED, str(tiny_model)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "specialized False" in ended.stdout
+    assert "--specialize-active-lora is left out" in ended.stdout + ended.stderr
