@@ -3,16 +3,23 @@
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.lora import lora_model
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
+from r3mes_vllm.adapters.files import read_header
+
 _CHUNK = 1 << 20
 """Bytes read at once."""
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _NICE = 10
 
@@ -23,11 +30,47 @@ def read(runner: Any, request: LoRARequest) -> LoRAModel:
     Raises what vLLM raises of a bad adapter. To be called in a thread that does nothing else.
     """
     _step_back(runner.device)
-    _into_page_cache(Path(request.lora_path) / "adapter_model.safetensors")
     model: LoRAModel = runner.lora_manager._load_adapter(request)
     runner.lora_manager._adapter_manager._create_merged_loras_inplace(model)
-    _copy_from_file(model)
     return model
+
+
+class Weights:
+    """What vLLM uses of `safetensors.safe_open`.
+
+    That one loses two integers with every tensor (0.8.0), which is megabytes an hour where adapters
+    come and go, and it maps the file: a page that has to come from the disk holds the interpreter,
+    and with it the thread that makes the tokens.
+    """
+
+    def __init__(self, path: str, framework: str) -> None:
+        self._path = Path(path)
+        self._tensors, _ = read_header(self._path)
+
+    def __enter__(self) -> "Weights":
+        self._file = self._path.open("rb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        it = self._tensors[name]
+        tensor = torch.empty(it.shape, dtype=_DTYPES[it.dtype])
+        into = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        self._file.seek(it.start)
+        while into:
+            count = self._file.readinto(into[:_CHUNK])
+            if not count:
+                raise OSError(f"{self._path} ends early")
+            into = into[count:]
+        return tensor
+
+
+lora_model.safetensors = SimpleNamespace(safe_open=Weights)
 
 
 def _step_back(device: torch.device) -> None:
@@ -50,28 +93,3 @@ def _other_cores() -> set[int]:
     with suppress(OSError):
         return os.sched_getaffinity(os.getppid()) - os.sched_getaffinity(0)
     return set()
-
-
-def _into_page_cache(file: Path) -> None:
-    """Wait for the disk here: a page fault in safetensors' own code would hold the interpreter."""
-    with suppress(OSError), file.open("rb", buffering=0) as opened:  # vLLM tells it better
-        chunk = bytearray(_CHUNK)
-        while opened.readinto(chunk):
-            pass
-
-
-def _copy_from_file(model: LoRAModel) -> None:
-    """Tensors that needed no cast are still parts of the mapped file: they could fault later."""
-    for weights in model.loras.values():
-        for side in ("lora_a", "lora_b"):
-            parts = getattr(weights, side)
-            if isinstance(parts, list):
-                setattr(weights, side, [_own(part) for part in parts])
-            else:
-                setattr(weights, side, _own(parts))
-
-
-def _own(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    if tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone()

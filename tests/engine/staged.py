@@ -25,16 +25,16 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-import safetensors
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora import lora_model
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from r3mes_vllm.engine import staging
+from r3mes_vllm.engine import reading, staging
 from r3mes_vllm.engine.staging import StagingExtension
 from r3mes_vllm.errors import R3mesError
 
@@ -44,7 +44,7 @@ SLOW_S = 3.0
 LIMIT_S = 30.0
 PROMPTS = [[40 + number] * 6 for number in range(3)]
 
-_open = safetensors.safe_open
+_open = reading.Weights
 
 
 class Watched(StagingExtension):
@@ -68,13 +68,13 @@ class Watched(StagingExtension):
             time.sleep(seconds)
             return _open(*arguments, **named)
 
-        safetensors.safe_open = slow if seconds else _open
+        lora_model.safetensors.safe_open = slow if seconds else _open
 
     def no_memory(self, none: bool) -> None:
         def fails(*arguments: Any, **named: Any) -> Any:
             raise MemoryError
 
-        safetensors.safe_open = fails if none else _open
+        lora_model.safetensors.safe_open = fails if none else _open
 
     def short_slices(self, short: bool) -> None:
         staging.SLICE_S = staging._LONGEST_SLICE_S = 0.0 if short else 0.05
