@@ -123,6 +123,7 @@ class StorageFull(R3mesError):
 
 class AdapterError(R3mesError):
     code = "adapter"
+    status = 503
 
 
 class UnknownAdapter(AdapterError):

@@ -1,7 +1,8 @@
 """Which adapters to serve: names and CIDs from the command line, the backend, the last run.
 
-The catalog of the last run lies in `STATE_DIR/catalog.json`, and the adapters' system prompts in a
-file beside it, so that a node starts with the adapters it knows while the backend is away.
+The catalog of the last run lies in `STATE_DIR/catalog.json`, and the adapters' system prompts and
+categories in files beside it, so that a node starts with the adapters it knows while the backend is
+away.
 """
 
 import json
@@ -24,6 +25,9 @@ from r3mes_vllm.wire import SYSTEM_PROMPT_CHARACTERS, AdapterName, Lora
 _NAME = TypeAdapter(AdapterName)
 _FILE = "catalog.json"
 _PROMPTS = "system-prompts.json"
+_CATEGORIES = "categories.json"
+ALL, FIRST = "all", "first"
+"""Policies."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,31 @@ class Catalog:
         self._registry = registry
         if registry is None:
             self._known, self._prompts = self._read(_FILE), self._read(_PROMPTS)
+            self._categories = self._read(_CATEGORIES)
         else:
             self._known = {it.name: it.ipfs_hash for it in registry}
             self._prompts = {it.name: it.system_prompt for it in registry if it.system_prompt}
+            self._categories = {it.name: it.category for it in registry if it.category}
         self.warnings: list[str] = []
 
     def choose(self, items: Sequence[str], policy: str) -> list[Wanted]:
         """The adapters named by `--loras` items, or chosen by `policy` if there are none.
 
-        Raises UnknownAdapter, BadCID or ConfigError naming the item that can't be had.
+        Raises UnknownAdapter, BadCID or ConfigError naming the item that can't be had. While the
+        registry can't be reached, a name that nobody knows here is a warning.
         """
         if not items:
             return self._chosen(policy)
         wanted: dict[str, Wanted] = {}
         for item in items:
-            for one in self._read_item(item):
+            try:
+                read = self._read_item(item)
+            except UnknownAdapter as error:
+                if self._registry is not None or len(items) == 1:
+                    raise
+                self.warnings.append(f"adapter {item!r} is left out: {error}")
+                continue
+            for one in read:
                 if one.name in wanted:
                     raise ConfigError(f"--loras names {one.name!r} twice")
                 wanted[one.name] = one
@@ -136,9 +150,10 @@ class Catalog:
             if len(prompt) <= SYSTEM_PROMPT_CHARACTERS
         }
         self._write(_PROMPTS, fits)
+        self._write(_CATEGORIES, self._categories)
 
     def _read_item(self, item: str) -> list[Wanted]:
-        if item == "all" or item.startswith("category:"):
+        if item == ALL or item.startswith("category:"):
             return self._chosen(item)
         name, equals, value = item.partition("=")
         if not equals:
@@ -168,14 +183,17 @@ class Catalog:
         if self._registry:
             return self._registry
         known = self._known or shipped.cids()
-        return [Lora(id=0, name=name, ipfs_hash=cid) for name, cid in known.items()]
+        return [
+            Lora(id=0, name=name, ipfs_hash=cid, category=self._categories.get(name))
+            for name, cid in known.items()
+        ]
 
     def _write(self, name: str, values: Mapping[str, str]) -> None:
         file = self._state_dir / name
         aside = file.with_suffix(f".{os.getpid()}")
         try:
             self._state_dir.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(values, indent=1, sort_keys=True))
+            aside.write_text(json.dumps(values, indent=1))
             os.replace(aside, file)
         except OSError:
             aside.unlink(missing_ok=True)
@@ -201,9 +219,9 @@ def checked_name(name: str) -> str:
 
 
 def _policy(text: str) -> Policy:
-    if text == "all":
+    if text == ALL:
         return lambda loras: loras
-    if text == "first":
+    if text == FIRST:
         return lambda loras: loras[:1]
     if text.startswith("category:"):
         category = text.removeprefix("category:")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from r3mes_vllm import settings
+from r3mes_vllm import report, settings
 
 
 def backend(
@@ -59,6 +59,8 @@ def backend(
         },
         config,
     )
+    for text in settings.misspelt():
+        report.warn(text)
     from r3mes_vllm.backend import server
 
     server.run(given)

@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from r3mes_vllm.adapters.catalog import Catalog, Wanted
+from r3mes_vllm.adapters.catalog import ALL, FIRST, Catalog, Wanted
 from r3mes_vllm.adapters.supply import Obtained, Supply
 from r3mes_vllm.errors import AdapterError, BackendError, IpfsError, StorageFull
 from r3mes_vllm.ipfs.race import Progress
@@ -38,7 +38,8 @@ async def obtain_all(
     if settings.base_only:
         return []
     catalog = Catalog(settings.state_dir, await _registry(settings))
-    wanted = catalog.choose(settings.loras, settings.lora_policy)
+    one_is_enough = not settings.loras and settings.lora_policy == FIRST
+    wanted = catalog.choose(settings.loras, ALL if one_is_enough else settings.lora_policy)
 
     async def one(it: Wanted) -> Named | None:
         try:
@@ -49,7 +50,12 @@ async def obtain_all(
             warn(f"adapter {it.name!r} is left out: {error}{hint}")
             return None
 
-    named = [it for it in await asyncio.gather(*map(one, wanted)) if it]
+    if one_is_enough:
+        named: list[Named] = []
+        while wanted and not named:
+            named = [it for it in [await one(wanted.pop(0))] if it]
+    else:
+        named = [it for it in await asyncio.gather(*map(one, wanted)) if it]
     for text in catalog.warnings:
         warn(text)
     for it in named:

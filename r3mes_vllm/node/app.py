@@ -101,7 +101,8 @@ class NodeEndpoints:
     """vLLM's `endpoint_plugins` entry point; settings come from the environment."""
 
     name = "r3mes"
-    required_tasks = ("generate",)
+    required_tasks = None
+    """Whatever the model does: without the plugin vLLM's routes would be open."""
 
     def attach_router(self, app: FastAPI) -> None:
         self._settings = settings.load()
@@ -149,6 +150,11 @@ class NodeEndpoints:
                 f"--api-server-count {args.api_server_count}: each server would number its "
                 "adapters by itself",
                 hint="pass --api-server-count 1",
+            )
+        if "generate" not in await engine_client.get_supported_tasks():
+            raise ConfigError(
+                f"{args.model} generates no text, and a node serves models that do",
+                hint="vllm serve serves it",
             )
         models = state.openai_serving_models
         loaded = list(models.lora_requests.values())

@@ -10,7 +10,7 @@ from r3mes_vllm import strict_json
 from r3mes_vllm.answer_headers import adding
 from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.engine.host import Host
-from r3mes_vllm.errors import R3mesError
+from r3mes_vllm.errors import AdapterRefused, R3mesError
 from r3mes_vllm.node import bodies, journal
 from r3mes_vllm.node.fields import TooMuch, refuse_excess
 from r3mes_vllm.node.refusals import openai_refusal
@@ -75,4 +75,7 @@ def named(name: str, cid: str) -> dict[str, str]:
 def _refusal(error: R3mesError, field: str = "model") -> Response:
     code = "model_not_found" if error.code == "unknown_adapter" else error.code
     hint = f" ({error.hint})" if error.hint else ""
-    return openai_refusal(error.status, code, f"{error}{hint}", field=field, headers=error.headers)
+    rule = error.rule if isinstance(error, AdapterRefused) else None
+    return openai_refusal(
+        error.status, code, f"{error}{hint}", field=field, rule=rule, headers=error.headers
+    )

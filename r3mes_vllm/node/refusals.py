@@ -18,12 +18,15 @@ def openai_refusal(
     message: str,
     *,
     field: str | None = None,
+    rule: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """`field` of the request is the one to blame."""
+    """`field` of the request is the one to blame, or the `rule` that an adapter breaks."""
     if status >= 500:
         kind = "server_error"
     else:
         kind = "authentication_error" if status == 401 else "invalid_request_error"
     error = {"message": message, "type": kind, "param": field, "code": code}
+    if rule:
+        error["rule"] = rule
     return JSONResponse({"error": error}, status, headers)

@@ -12,7 +12,14 @@ from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.engine.names import BY_CID
 from r3mes_vllm.engine.version import Version
-from r3mes_vllm.errors import BackendError, ConfigError, R3mesError, UnknownAdapter
+from r3mes_vllm.errors import (
+    BackendError,
+    BadCID,
+    ConfigError,
+    R3mesError,
+    SourceFailed,
+    UnknownAdapter,
+)
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.node.backend_client import BackendClient, Listing
 from r3mes_vllm.report import say, warn
@@ -60,10 +67,12 @@ class Registry:
             raise UnknownAdapter(f"no adapter {name[:200]!r} here")
         try:
             place = self._catalog.place_of(name)
-        except (UnknownAdapter, ConfigError):
+        except (UnknownAdapter, ConfigError, BadCID):
             await self._read(no_older_than_s=_FRESH_S)
             try:
                 place = self._catalog.place_of(name)
+            except BadCID as error:
+                raise SourceFailed(f"the registry's adapter {name!r}: {error}") from error
             except (UnknownAdapter, ConfigError) as error:
                 raise UnknownAdapter(  # the catalog's hints are for who starts the node
                     f"no adapter {name[:200]!r} here or in the registry"

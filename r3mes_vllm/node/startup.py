@@ -32,11 +32,11 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
         settings = settings.model_copy(update={"loras": settings.restored})
     for text in misspelt():
         report.warn(text)
+    settings, passed_on = tls.taken_over(settings, passed_on)
     refuse_open_door(settings)
     if not settings.insecure:
         refuse_plain_http(settings.backend)
     trusted(settings.backend_ca)
-    settings, passed_on = tls.taken_over(settings, passed_on)
     _warn_of_trouble(settings)
     certificate = tls.context(settings)
     state_dir.prepare(settings.state_dir)

@@ -22,24 +22,31 @@ _Stamp = tuple[int, int, int] | None
 
 
 def taken_over(settings: Settings, passed_on: Sequence[str]) -> tuple[Settings, list[str]]:
-    """vLLM's options for the certificate count as our own; the rest is for its parser.
+    """vLLM's options for the certificate and the address count as our own; the rest is for its
+    parser.
 
     Raises ConfigError for one without its value.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("ssl-certfile", "ssl-keyfile"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", type=_path)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=_port)
     refresh = ("--enable-ssl-refresh", "--enable_ssl_refresh")
     parser.add_argument(*refresh, action="store_true", default=None)
     try:
         given, rest = parser.parse_known_args(passed_on)
     except argparse.ArgumentError as error:
         raise ConfigError(
-            str(error), hint="write --ssl-certfile FILE --ssl-keyfile FILE"
+            str(error), hint="write --ssl-certfile FILE --ssl-keyfile FILE --host HOST --port PORT"
         ) from error
-    files = {"ssl_certfile": given.ssl_certfile, "ssl_keyfile": given.ssl_keyfile}
-    update = {name: file for name, file in files.items() if file}
-    return settings.model_copy(update=update), rest
+    update = {
+        "ssl_certfile": given.ssl_certfile,
+        "ssl_keyfile": given.ssl_keyfile,
+        "serving_node_host": given.host,
+        "serving_node_port": given.port,
+    }
+    return settings.model_copy(update={it: value for it, value in update.items() if value}), rest
 
 
 def options(settings: Settings) -> list[str]:
@@ -107,6 +114,12 @@ def _stamp(file: Path | None) -> _Stamp:
     except OSError:
         return None
     return (status.st_mtime_ns, status.st_size, status.st_ino) if status else None
+
+
+def _port(text: str) -> int:
+    if not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port")
+    return int(text)
 
 
 def _path(text: str) -> Path:
