@@ -101,6 +101,28 @@ def test_while_the_backend_is_away_the_last_run_counts(tmp_path: Path) -> None:
         back.choose(["second"], "first")
 
 
+@pytest.mark.parametrize(("policy", "chosen"), [("first", "z"), ("category:law", "a")])
+def test_while_the_backend_is_away_a_policy_chooses_the_same(
+    tmp_path: Path, policy: str, chosen: str
+) -> None:
+    listed = [
+        Lora(id=1, name="z", ipfs_hash=str(ONE)),
+        Lora(id=2, name="a", ipfs_hash=str(TWO), category="law"),
+    ]
+    Catalog(tmp_path, listed).remember({})
+    assert names(Catalog(tmp_path, listed), [], policy) == [chosen]
+    assert names(Catalog(tmp_path, None), [], policy) == [chosen]
+
+
+def test_while_the_backend_is_away_an_unknown_name_ends_nothing(tmp_path: Path) -> None:
+    Catalog(tmp_path, REGISTRY).remember({})
+    away = Catalog(tmp_path, None)
+    assert names(away, ["first", "new"]) == ["first"]
+    assert "'new' is left out" in away.warnings[0]
+    with pytest.raises(UnknownAdapter):
+        away.choose(["new"], "first")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
 def test_a_broken_memory_is_no_memory(tmp_path: Path, text: str) -> None:
     (tmp_path / "catalog.json").write_text(text)

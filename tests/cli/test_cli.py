@@ -26,8 +26,9 @@ def run(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedPro
     )
 
 
-def test_version(tmp_path: Path) -> None:
-    found = run("--version", cwd=tmp_path)
+@pytest.mark.parametrize("command", ["", "serve", "backend", "adapter pull", "config show"])
+def test_version(tmp_path: Path, command: str) -> None:
+    found = run(*command.split(), "--version", cwd=tmp_path)
     assert (found.returncode, found.stdout) == (0, "r3mes-vllm 0.1.0\n")
 
 
@@ -36,6 +37,24 @@ def test_help_has_an_example(tmp_path: Path, command: str) -> None:
     found = run(command, "--help", cwd=tmp_path)
     assert found.returncode == 0
     assert f"Example: r3mes-vllm {command}" in found.stdout
+
+
+@pytest.mark.parametrize("group", ["", "adapter", "config"])
+def test_help_of_a_group_has_an_example(tmp_path: Path, group: str) -> None:
+    assert "Example: r3mes-vllm " in run(*group.split(), "--help", cwd=tmp_path).stdout
+
+
+def test_without_vllm_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text("raise ModuleNotFoundError('none', name='vllm')")
+    found = run("serve", "--host", "127.0.0.1", "--model", "no/model", cwd=tmp_path)
+    assert (found.returncode, "Traceback" in found.stderr) == (1, False)
+    assert "error: vLLM is not installed\n  try: pip install" in found.stderr
+
+
+def test_a_misspelt_variable_is_said_to_who_runs_a_backend(tmp_path: Path) -> None:
+    at = ("--database-url", "sqlite:////proc/none", "--port", "1")
+    found = run("backend", *at, cwd=tmp_path, R3MES_ADMIN_KYE="x")
+    assert "R3MES_ADMIN_KEY" in found.stderr
 
 
 @pytest.mark.parametrize(

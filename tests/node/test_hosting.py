@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from r3mes_vllm.errors import AdapterRefused
+from r3mes_vllm.node import hold
 from tests import tiny
 from tests.conftest import REFRESH_S, Network
 from tests.in_store import put_in_store
@@ -129,6 +132,13 @@ def test_an_adapter_that_is_named_by_its_cid_is_not_looked_for_in_the_registry(
     time.sleep(3 * REFRESH_S)
     assert "stays at its version" not in network.node.output()
     assert node.delete(f"/adapters/{quote(f'ipfs://{cids[1]}', safe='')}").status_code == 200
+
+
+def test_an_openai_client_is_told_which_rule_an_adapter_breaks() -> None:
+    answer = hold._refusal(AdapterRefused("numbers_are_finite", "it is full of NaN"))
+    error = json.loads(bytes(answer.body))["error"]
+    assert (answer.status_code, error["code"]) == (422, "adapter_refused")
+    assert (error["rule"], error["param"]) == ("numbers_are_finite", "model")
 
 
 def test_an_openai_client_is_told_which_name_is_unknown(node: httpx.Client) -> None:

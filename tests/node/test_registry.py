@@ -10,7 +10,7 @@ import pytest
 
 from r3mes_vllm.adapters.catalog import Catalog
 from r3mes_vllm.adapters.supply import Supply
-from r3mes_vllm.errors import AdapterRefused
+from r3mes_vllm.errors import AdapterRefused, SourceFailed
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.path import IpfsPath
 from r3mes_vllm.node.registry import Registry
@@ -81,6 +81,13 @@ async def test_a_version_that_was_refused_is_not_fetched_at_every_look(
         await wait_until_async(lambda: C in world.network.fetches, 2, "the fetch")
         await asyncio.sleep(0.1)
     assert world.network.fetches == [A, B, C]
+
+
+async def test_a_bad_cid_in_the_registry_is_not_the_clients_mistake(tmp_path: Path) -> None:
+    registry = Listed(tmp_path)
+    registry.now = {"a": cast(CID, "no-cid")}
+    with pytest.raises(SourceFailed, match="the registry's adapter 'a'"):
+        await registry.lookup("a")
 
 
 async def test_what_the_operator_puts_is_not_overtaken(tmp_path: Path, world: World) -> None:

@@ -14,7 +14,7 @@ import uvicorn
 from starlette.responses import JSONResponse
 
 from r3mes_vllm.errors import BackendUnreachable, ConfigError
-from r3mes_vllm.node import tls
+from r3mes_vllm.node import startup, tls
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.settings import Settings, load
 from tests.certificates import Authority, served_serial
@@ -195,6 +195,21 @@ def test_vllms_options_count_as_our_own(form: str) -> None:
     assert rest == ["--max-model-len", "4096", "-tp", "2"]
     assert tls.options(settings) == ["--ssl-certfile", "/c.pem", "--ssl-keyfile", "/k.pem"]
     assert settings.public_url == "https://localhost:8081"
+
+
+@pytest.mark.parametrize("form", ["--host {} --port {}", "--host={} --port={}"])
+def test_so_does_its_address(form: str) -> None:
+    settings, rest = tls.taken_over(load(), [*form.format("::", 9000).split(), "--seed", "1"])
+    assert (settings.serving_node_host, settings.serving_node_port) == ("::", 9000)
+    assert rest == ["--seed", "1"]
+    with pytest.raises(ConfigError, match="port"):
+        tls.taken_over(load(), ["--port", "70000"])
+
+
+def test_an_open_door_is_seen_behind_the_dashes_too(tmp_path: Path) -> None:
+    closed = load({"serving_node_host": "127.0.0.1", "state_dir": tmp_path})
+    with pytest.raises(ConfigError, match="without an API key"):
+        startup.serve(closed, ["--host", "0.0.0.0"])
 
 
 def test_without_a_certificate_all_stays_as_it_is() -> None:
