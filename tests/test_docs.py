@@ -28,7 +28,7 @@ def test_every_option_in_the_docs_is_the_commands(page: str) -> None:
         text=True,
         env={"PATH": "/usr/bin:/bin", "COLUMNS": "200"},
     ).stdout
-    elsewhere = {"--help", "--debug", "--open-chat", "--max-model-len"}
+    elsewhere = {"--help", "--version", "--debug", "--open-chat", "--max-model-len"}
     elsewhere |= {"--otlp-traces-endpoint", "--enable-log-requests"}  # vLLM's
     offered = set(re.findall(r"--[a-z][a-z-]+", help_text)) - elsewhere
     documented = (ROOT / "docs" / f"{page}.md").read_text().split("## Under plain")[0]

@@ -170,7 +170,7 @@ async def _read(request: Request) -> ChatRequest:
 def _choose(request: Request, asked: ChatRequest) -> str | None:
     """The adapter asked for; without a name the one that the policy chooses; None for the base."""
     node = request.app.state.r3mes
-    name: str | None = asked.adapter or request.headers.get("x-adapter")
+    name: str | None = asked.adapter or request.headers.get("x-adapter") or None
     if name is None:
         name = node.policy(asked.message or _last_text(asked), list(node.host.adapters))
     return None if node.host.is_base(name) else name

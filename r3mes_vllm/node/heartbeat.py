@@ -86,19 +86,25 @@ class Registration:
                 self.beats["accepted"] += 1
                 self.accepted_at = time.monotonic()
                 self.trouble = ""
-                pause = delay = self._interval
+                pause, delay = self._interval, _FIRST_RETRY_S
             except BackendRefused as error:
                 self.beats["refused"] += 1
                 if error.answered == 404 and self._registered:
                     self._registered = False  # it forgot us: register without waiting
                     continue
-                pause = error.retry_after or self._interval
+                if error.retry_after:
+                    pause = error.retry_after / (1 - _JITTER)
+                elif error.answered >= 500:
+                    pause, delay = delay, min(delay * 2, self._interval)
+                else:
+                    pause = self._interval
                 self._complain(error)
             except BackendError as error:
                 self.beats["unreachable"] += 1
+                # one lost beat and a wait of as long again would take the node off the list
                 pause, delay = delay, min(delay * 2, self._interval)
                 self._complain(error)
-            await self._rest(pause * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311
+            await self._rest(pause * random.uniform(1 - _JITTER, 1))  # noqa: S311
 
     async def _rest(self, seconds: float) -> None:
         def too_early() -> float:

@@ -83,9 +83,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def registered(url: str) -> AsyncIterator[Registration]:
+async def registered(url: str, interval_s: float = INTERVAL_S) -> AsyncIterator[Registration]:
     async with BackendClient(url) as client:
-        registration = Registration(client, lambda: NODE, lambda: 3, INTERVAL_S)
+        registration = Registration(client, lambda: NODE, lambda: 3, interval_s)
         task = asyncio.create_task(registration.run())
         yield registration
         task.cancel()
@@ -147,6 +147,27 @@ async def test_an_absent_backend_is_tried_again() -> None:
         await asyncio.sleep(0)
         async with listening(backend, port):
             await until(lambda: backend.known)
+
+
+@pytest.mark.parametrize("how", ["a 500", "no answer"])
+async def test_a_lost_beat_is_made_up_for_soon(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The network forgets a node after two intervals."""
+    monkeypatch.setattr(heartbeat, "_FIRST_RETRY_S", 0.05)
+    backend, port = OldBackend(), free_port()
+    async with contextlib.AsyncExitStack() as until_end:
+        async with listening(backend, port) as url:
+            registration = await until_end.enter_async_context(registered(url, interval_s=3))
+            await until(lambda: backend.known)
+            if how == "a 500":
+                backend.refuse = (500, {})
+                await until(lambda: registration.beats["refused"] > 0)
+                backend.refuse = None
+        if how == "no answer":
+            await until(lambda: registration.beats["unreachable"] > 0)
+        began = time.monotonic()
+        async with listening(backend, port):
+            await until(lambda: registration.beats["accepted"] >= 2)
+        assert time.monotonic() - began < 1.5
 
 
 async def test_a_refusal_is_not_repeated_before_the_time_it_names() -> None:
