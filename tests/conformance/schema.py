@@ -26,7 +26,7 @@ from tests.peers import installed
 from tests.programs import free_port, program
 
 HERE = Path(__file__).parent
-_STARTS_S = 180
+_STARTS_S = 300
 _QUESTION = {"model": "legal", "prompt": "One is", "max_tokens": 16, "temperature": 0}
 
 
