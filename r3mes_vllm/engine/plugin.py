@@ -14,13 +14,12 @@ from vllm.config import LoRAConfig, ParallelConfig, SchedulerConfig
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
 
-from r3mes_vllm import discretion
+from r3mes_vllm import discretion, report
 from r3mes_vllm.engine import grammars
 
 CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.CpuPunicaWrapper"
 WORKER_EXTENSION = "r3mes_vllm.engine.staging.StagingExtension"
 
-_log = logging.getLogger("vllm.r3mes")
 _WATCH, _WATCH_S = "r3mes-parent", 1.0
 
 _stock_scheduler = SchedulerConfig.get_scheduler_cls
@@ -99,7 +98,7 @@ def _never_specialized(self: LoRAConfig, *arguments: Any) -> None:
     """
     if self.specialize_active_lora:
         self.specialize_active_lora = False
-        _log.warning(
+        report.warn(  # which vLLM's log, at the node's level, would not show
             "--specialize-active-lora is left out: beside requests to the base model it answers "
             "those of an adapter without it"
         )

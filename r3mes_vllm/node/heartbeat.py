@@ -87,23 +87,19 @@ class Registration:
                 self.accepted_at = time.monotonic()
                 self.trouble = ""
                 pause, delay = self._interval, _FIRST_RETRY_S
-            except BackendRefused as error:
-                self.beats["refused"] += 1
-                if error.answered == 404 and self._registered:
+            except BackendError as error:
+                refused = error if isinstance(error, BackendRefused) else None
+                self.beats["refused" if refused else "unreachable"] += 1
+                if refused and refused.answered == 404 and self._registered:
                     self._registered = False  # it forgot us: register without waiting
                     continue
-                if error.retry_after:
-                    pause = error.retry_after / (1 - _JITTER)
-                elif error.answered >= 500:
-                    pause, delay = delay, min(delay * 2, self._interval)
-                else:
+                self._complain(error)
+                if refused and refused.retry_after:
+                    pause = refused.retry_after / (1 - _JITTER)
+                elif refused and refused.answered < 500:
                     pause = self._interval
-                self._complain(error)
-            except BackendError as error:
-                self.beats["unreachable"] += 1
-                # one lost beat and a wait of as long again would take the node off the list
-                pause, delay = delay, min(delay * 2, self._interval)
-                self._complain(error)
+                else:  # one lost beat and a wait of as long again would take the node off the list
+                    pause, delay = delay, min(delay * 2, self._interval)
             await self._rest(pause * random.uniform(1 - _JITTER, 1))  # noqa: S311
 
     async def _rest(self, seconds: float) -> None:
