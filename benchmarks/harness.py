@@ -162,7 +162,7 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
         ended=ended,
         started=started,
         seconds=round(time.monotonic() - began, 1),
-        commit=_git("rev-parse", "HEAD") or os.environ.get("R3MES_BENCH_COMMIT", ""),
+        commit=_git("rev-parse", "HEAD"),
         # but for what earlier runs have written
         clean=not _git("status", "--porcelain", "--", ".", *_WRITTEN),
         versions=_versions(),

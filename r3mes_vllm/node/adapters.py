@@ -52,8 +52,10 @@ async def obtain_all(
 
     if one_is_enough:
         named: list[Named] = []
-        while wanted and not named:
-            named = [it for it in [await one(wanted.pop(0))] if it]
+        for candidate in wanted:
+            if found := await one(candidate):
+                named = [found]
+                break
     else:
         named = [it for it in await asyncio.gather(*map(one, wanted)) if it]
     for text in catalog.warnings:
