@@ -5,6 +5,8 @@
 queue. While the engine is busy the logits of all that it generates are looked at instead
 (`VLLM_COMPUTE_NANS_IN_LOGITS`), and a NaN in an adapter's answer asks for the token at once.
 
+A process that waits for a core which another program has is neither: that time does not count.
+
 vLLM's own `/health` says 200 while the engine hangs, and while NaN weights have poisoned it.
 """
 
@@ -17,11 +19,17 @@ from typing import Any
 from vllm import SamplingParams, envs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from r3mes_vllm import report
+from r3mes_vllm.engine.cores import Cores
+
 FIRST_TIMEOUT_S = 300.0
 """The first token may wait for kernels that are compiled on their first use."""
 STUCK_S = 300.0
 """A token that waited so long, while the engine had others' requests: nothing is let in."""
+STARVED_S = 120.0
+"""An engine that had no core for so long is started again like one that hangs."""
 _GLANCE_S = 0.2
+_LOOK_S = 1.0
 _PROMPT = {"prompt_token_ids": [1]}
 _PARAMS = SamplingParams(max_tokens=1, temperature=0, logprobs=1, detokenize=False)
 _DIED = "the engine's process died"
@@ -43,6 +51,7 @@ class Canary:
         """Adapters whose answers had NaN logits, as vLLM knows them."""
         self.checked: Callable[[str, bool, float], None] = lambda kind, well, seconds: None
         """Called after each look, a `step` or a `token`, with what was found and the seconds."""
+        self.cores: Callable[[], Cores] = Cores
         self.stopping = False
         """Somebody shuts the engine down: that it ends is no trouble."""
         self._engine = engine
@@ -99,26 +108,27 @@ class Canary:
             await asyncio.sleep(self._interval)
             began = _now()
             try:
-                while (answered := await self._answered(self._engine.is_paused())) is None:
-                    pass
+                answered = await self._answered(self._engine.is_paused())
                 self.checked("step", answered, _now() - began)
                 if not answered:
-                    return f"the engine hangs: it ended no step in {self._timeout:g} s"
+                    return f"the engine hangs: it ended no step in {_now() - began:.0f} s"
             except Exception as error:  # noqa: BLE001 - whatever it is, the engine is not well
                 return self._failure(error)
 
-    async def _answered(self, call: Awaitable[Any]) -> bool | None:
-        """None: it generates; the answer waits behind others' tokens, perhaps in this process."""
+    async def _answered(self, call: Awaitable[Any]) -> bool:
+        """Or it generates: the answer waits behind others' tokens, perhaps in this process."""
         task = asyncio.ensure_future(call)
+        patience = _Patience(self._timeout, self.cores())
         try:
-            # Twice half of it: when this process was held up, the answer is there the second time.
-            for _ in range(2):
+            while not patience.over:
                 seen = self._outputs
-                await asyncio.wait({task}, timeout=self._timeout / 2)
+                await patience.wait(task, min(_LOOK_S, self._timeout / 2))
                 if task.done():
                     task.result()
                     return True
-            return None if self._outputs > seen else False
+                if self._outputs > seen:
+                    patience.renew()
+            return False
         finally:
             task.cancel()
 
@@ -144,14 +154,15 @@ class Canary:
         before it, as long as a step may take."""
         first = self.trouble is not None
         task = asyncio.ensure_future(self._generate())
-        began = alone_since = now = _now()
+        began = _now()
+        patience = _Patience(self._timeout, self.cores())
         try:
             while not task.done():
-                await asyncio.wait({task}, timeout=_GLANCE_S)
-                late, now = _now() - now > 5 * _GLANCE_S, _now()
-                if late or first or not self._alone():
-                    alone_since = now  # `late`: this process was held up itself
-                if now - began > most_s or now - alone_since > self._timeout:
+                await patience.wait(task, _GLANCE_S)
+                now = _now()
+                if first or not self._alone():
+                    patience.renew()
+                if now - began > most_s or patience.over:
                     return f"the engine generated nothing for {now - began:.0f} s"
                 if self._suspected is not None and now - self._suspected > self._timeout:
                     return f"{_NOT_FINITE}: answers of {', '.join(self.blamed)} have NaN logits"
@@ -212,6 +223,45 @@ class Canary:
             shutdown(timeout=timeout)
 
         self._engine.shutdown = watched
+
+
+class _Patience:
+    """What is left of `seconds` in which the engine could have answered, and this process seen it.
+
+    Neither the time counts that the engine waited for a core, nor that this process was held up.
+    """
+
+    def __init__(self, seconds: float, cores: Cores) -> None:
+        self._seconds = seconds
+        self._cores = cores
+        self.renew()
+
+    def renew(self) -> None:
+        self._left = self._seconds
+        self._starved = 0.0
+        self._looks = 0
+
+    @property
+    def over(self) -> bool:
+        return self._left <= 0 or self._starved > STARVED_S
+
+    async def wait(self, task: asyncio.Future[Any], seconds: float) -> None:
+        """For the task, so long at most."""
+        if self._looks == 1:
+            self._cores.waited()  # from here on: most answers come at once
+        await asyncio.wait({task}, timeout=seconds)
+        self._looks += 1
+        if self._looks == 1 or task.done():
+            self._left -= seconds
+            return
+        starved = min(self._cores.waited(), seconds)
+        self._left -= seconds - starved
+        before, self._starved = self._starved, self._starved + starved
+        if before < self._seconds <= self._starved:
+            report.warn(
+                f"the engine had no core for {self._starved:.0f} s: other programs compute on its "
+                "cores; give it cores of its own"
+            )
 
 
 def _now() -> float:

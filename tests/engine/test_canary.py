@@ -11,6 +11,7 @@ import pytest
 
 from r3mes_vllm.engine import canary as canary_module
 from r3mes_vllm.engine.canary import Canary
+from r3mes_vllm.engine.cores import Cores
 
 Result = TypeVar("Result")
 
@@ -52,6 +53,8 @@ class Engine:
         self.others = 0
         self.logprob = -1.0
         self.counts_nans = True
+        self.starved = 0.0
+        """The share of the time in which it has no core."""
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(_api_process_count=1))
         self.output_processor = SimpleNamespace(
             process_outputs=lambda outputs, *rest: None,
@@ -89,6 +92,16 @@ class Engine:
         self.output_processor.process_outputs([output], 0.0, None)
 
 
+class Starved(Cores):
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.asked = 0.0
+
+    def waited(self) -> float:
+        before, self.asked = self.asked, asyncio.get_running_loop().time()
+        return self.engine.starved * (self.asked - before)
+
+
 Change = Callable[[Engine], None]
 
 
@@ -107,6 +120,7 @@ def watched(
         engine = Engine()
         before(engine)
         canary = Canary(engine)
+        canary.cores = lambda: Starved(engine)
         assert canary.trouble == "not checked yet"
         assert await canary.check() is None
         loop = asyncio.get_running_loop()
@@ -224,6 +238,36 @@ def test_a_queue_that_lets_nothing_in_is_trouble_in_the_end(
 
 def test_a_slow_step_is_no_trouble() -> None:
     assert watched(before=setting(step_s=7.0), at=30)[0] is None
+
+
+@pytest.mark.parametrize("slow", [setting(step_s=60.0), setting(queue_s=60.0)])
+def test_an_engine_without_a_core_does_not_hang(
+    slow: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def starve(engine: Engine) -> None:
+        engine.starved = 0.95
+        slow(engine)
+
+    assert watched(starve, for_s=55)[0] is None
+    assert "the engine had no core for 8 s: other programs" in capsys.readouterr().err
+    assert watched(slow, for_s=55)[0] is not None
+
+
+@pytest.mark.parametrize("stuck", [setting(step_s=FOR_EVER), setting(queue_s=FOR_EVER)])
+def test_an_engine_that_hangs_and_has_no_core_is_found_later(stuck: Change) -> None:
+    def starve(share: float) -> Change:
+        def change(engine: Engine) -> None:
+            engine.starved = share
+            stuck(engine)
+
+        return change
+
+    found, took, _ = watched(starve(0.5))
+    assert found is not None
+    assert took < 2 * FOUND_S
+    found, took, _ = watched(starve(1.0))
+    assert found is not None
+    assert took < canary_module.STARVED_S + FOUND_S
 
 
 async def flood(engine: Engine) -> None:
