@@ -4,7 +4,8 @@
 
 One node: streams of the base model and of an adapter that stays, while others are put under a name,
 asked for, replaced by another version and taken away. The first sixth of the time warms up; each of
-the equal parts after it is a pair with the first of them.
+the equal parts after it is a pair with the first of them. What memory grows by in an hour is the
+slope of a line through all that was seen after the warm-up.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 
 import aiohttp
 import psutil
@@ -25,19 +27,25 @@ from benchmarks.shapes import adapter, shape_of
 from tests.in_store import put_in_store
 
 ADAPTERS, STREAMS = 6, 4
+LOOK_S = 30.0
 
 
 @dataclass
 class Part:
     """What a part of the time was like."""
 
-    mib: float = 0.0
-    """Resident at its end, of all the node's processes."""
+    resident: list[tuple[float, float]] = field(default_factory=list)
+    """When, in seconds, and how much of all the node's processes then, in MiB."""
     descriptors: float = 0.0
     cycles: int = 0
     seconds: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     requests: int = 0
+
+    @property
+    def mib(self) -> float:
+        """At its end."""
+        return self.resident[-1][1]
 
 
 def run(plan: Plan, record: Record) -> None:
@@ -85,6 +93,7 @@ async def _measured(
         before = await _part(http, url, tree, models, cids, for_s / 6)
         record.note(f"warm-up: {before.cycles} cycles, {before.mib:.0f} MiB")
         first: Part | None = None
+        resident = []
         for _ in range(plan.rounds + 1):
             it = await _part(http, url, tree, models, cids, part_s)
             if first is None:
@@ -92,6 +101,17 @@ async def _measured(
             else:
                 _note(record, it, first, before)
             before = it
+            resident += it.resident
+    slope = linear_regression(*zip(*resident, strict=True)).slope  # MiB a second
+    record.pair(
+        "memory an hour",
+        "MB",
+        ours=slope * 3600 * (1 << 20) / 1e6,
+        peer=None,
+        sides=("growth", "none"),
+        better="lower",
+        target=Target(of="ours", at_most=1.0),
+    )
 
 
 async def _part(
@@ -135,16 +155,29 @@ async def _part(
                     await asyncio.sleep(1)
             part.cycles += 1
 
+    async def look() -> None:
+        while (left := ends - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, LOOK_S))
+            part.resident.append((time.monotonic(), _resident(tree)))
+
     began = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(look())
         tasks.create_task(churn())
         for number in range(STREAMS):
             tasks.create_task(stream(number))
     part.seconds = time.monotonic() - began
-    processes = (tree, *tree.children(recursive=True))
-    part.mib = sum(it.memory_info().rss for it in processes) / (1 << 20)
-    part.descriptors = float(sum(it.num_fds() for it in processes))
+    part.resident.append((time.monotonic(), _resident(tree)))
+    part.descriptors = float(sum(it.num_fds() for it in _processes(tree)))
     return part
+
+
+def _processes(tree: psutil.Process) -> list[psutil.Process]:
+    return [tree, *tree.children(recursive=True)]
+
+
+def _resident(tree: psutil.Process) -> float:
+    return float(sum(it.memory_info().rss for it in _processes(tree)) / (1 << 20))
 
 
 def _note(record: Record, part: Part, first: Part, before: Part) -> None:

@@ -44,6 +44,33 @@ def test_a_worker_that_waits_leaves_its_core_to_others() -> None:
     assert 0 < float(took.split()[-1]) < 0.5, "seconds of a core for a second's wait"
 
 
+NOTICES = """
+import select
+import sys
+import time
+import zmq
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from r3mes_vllm.engine import plugin
+if sys.argv[2] == "ours":
+    plugin.register()
+context, kept = zmq.Context(), 0
+writer, reader = (SpinCondition(it, context, f"ipc://{sys.argv[1]}") for it in (False, True))
+time.sleep(1)
+for _ in range(20):
+    writer.notify()
+    time.sleep(0.05)
+    reader.record_read()
+    kept += bool(select.select([reader.local_notify_socket.fd], [], [], 0)[0])
+print("kept", kept)
+"""
+
+
+@pytest.mark.parametrize(("whose", "kept"), [("ours", 0), ("vllm", 20)])
+def test_a_busy_reader_leaves_no_notices(whose: str, kept: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NOTICES, str(tmp_path / "ipc"), whose]
+    assert f"kept {kept}" in subprocess.check_output(command, text=True)
+
+
 def test_vllms_kernels_count_the_base_model_as_one_more_adapter() -> None:
     """While this is so, a graph that was captured for the eight adapters of a batch leaves one out
     where the base model is beside them."""

@@ -137,8 +137,11 @@ class Run:
             return
         finally:
             self._room.release()
+        kind = f"{operation} {answer.status_code}"
+        if answer.status_code == 503:
+            kind += f" {SILENT if SILENT in answer.text else code_of(answer)}"
         with self._lock:
-            self.statuses[f"{operation} {answer.status_code}"] += 1
+            self.statuses[kind] += 1
         if wrong := complaint(operation, answer):
             self._note(operation, str(answer.status_code), sent, answer.text, wrong)
 
