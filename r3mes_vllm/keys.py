@@ -11,6 +11,7 @@ from r3mes_vllm import report
 from r3mes_vllm.errors import ConfigError
 
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})")
+_OF_NOTHING = f"sha256:{hashlib.sha256().hexdigest()}"
 
 _Stamp = tuple[int, int, int]
 
@@ -73,6 +74,11 @@ def _read(file: Path) -> list[bytes]:
             continue
         if not line.startswith("sha256:"):
             found.append(_digest(line.encode()))
+        elif line == _OF_NOTHING:
+            raise ConfigError(
+                f"{file}, line {number}: that is the SHA-256 of an empty key",
+                hint="printf %s KEY | sha256sum",
+            )
         elif hashed := _HASHED.fullmatch(line):
             found.append(bytes.fromhex(hashed[1]))
         else:

@@ -60,6 +60,14 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         Keys((), file)
 
 
+def test_no_key_is_no_key(tmp_path: Path) -> None:
+    """The SHA-256 of an unset variable in the file lets nobody in."""
+    file = tmp_path / "keys"
+    file.write_text(f"sha256:{hashlib.sha256(b'').hexdigest()}\n")
+    with pytest.raises(ConfigError, match="line 1: that is the SHA-256 of an empty key"):
+        Keys((), file)
+
+
 def test_the_key_of_a_request() -> None:
     assert presented({"authorization": "Bearer a ", "x-api-key": "b"}) == b"a"
     assert presented({"authorization": "Basic a", "x-api-key": "b"}) == b"b"
