@@ -52,6 +52,7 @@ class Canary:
         self.checked: Callable[[str, bool, float], None] = lambda kind, well, seconds: None
         """Called after each look, a `step` or a `token`, with what was found and the seconds."""
         self.cores: Callable[[], Cores] = Cores
+        """One for each wait: it tells of the time since it was asked last."""
         self.stopping = False
         """Somebody shuts the engine down: that it ends is no trouble."""
         self._engine = engine
@@ -116,7 +117,8 @@ class Canary:
                 return self._failure(error)
 
     async def _answered(self, call: Awaitable[Any]) -> bool:
-        """Or it generates: the answer waits behind others' tokens, perhaps in this process."""
+        """Patience does not end while it generates: then the answer waits behind others' tokens,
+        perhaps in this process."""
         task = asyncio.ensure_future(call)
         patience = _Patience(self._timeout, self.cores())
         try:

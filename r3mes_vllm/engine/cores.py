@@ -10,10 +10,10 @@ _PROC = Path("/proc")
 
 
 class Cores:
-    """Of all processes that `pid` (0: this one) has started, and theirs."""
+    """Of all processes that `pid` (this one, if None) has started, and theirs."""
 
-    def __init__(self, pid: int = 0) -> None:
-        self._pid = pid or None
+    def __init__(self, pid: int | None = None) -> None:
+        self._pid = pid
         self._at = 0.0
         self._threads: dict[Path, tuple[int, int]] = {}
 

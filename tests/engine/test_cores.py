@@ -33,12 +33,12 @@ def start(works: tuple[tuple[int, int], ...]) -> None:
 
 
 @contextmanager
-def parent(*works: tuple[int, int]) -> Iterator[int]:
+def parent(*works: tuple[int, int]) -> Iterator[int | None]:
     """Of processes that compute, by core and policy."""
     program = multiprocessing.get_context("fork").Process(target=start, args=(works,))
     program.start()
     try:
-        yield program.pid or 0
+        yield program.pid
     finally:
         for it in psutil.Process(program.pid).children():
             it.kill()
