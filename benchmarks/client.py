@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ class Answer:
     asked_at: float
     times: list[float] = field(default_factory=list)
     """Of its pieces; a piece is a token, or several that came in one step."""
+    tokens: int = 0
+    """As the server counts them."""
     error: str = ""
 
     @property
@@ -43,7 +46,7 @@ def session() -> aiohttp.ClientSession:
 
 
 async def ask(http: aiohttp.ClientSession, url: str, asked: Asked) -> Answer:
-    """Never raises for what the server answers."""
+    """Never raises for what the server answers; one that ends without a reason is an error."""
     rng = np.random.default_rng(asked.seed)
     body = {
         "model": asked.model,
@@ -52,6 +55,7 @@ async def ask(http: aiohttp.ClientSession, url: str, asked: Asked) -> Answer:
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
     answer = Answer(time.perf_counter())
     try:
@@ -59,16 +63,21 @@ async def ask(http: aiohttp.ClientSession, url: str, asked: Asked) -> Answer:
             if response.status != 200:
                 answer.error = f"{response.status}: {(await response.text())[:300]}"
                 return answer
+            ended = False
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    if b'"error"' in line[:20]:
+                    piece = json.loads(line[6:])
+                    if "error" in piece:
                         answer.error = line.decode(errors="replace")[:300]
-                    elif json.loads(line[6:])["choices"]:
+                    for choice in piece.get("choices", ()):
                         answer.times.append(time.perf_counter())
-    except aiohttp.ClientError as error:
+                        ended = ended or bool(choice["finish_reason"])
+                    if usage := piece.get("usage"):
+                        answer.tokens = usage["completion_tokens"]
+            if not answer.error and not (ended and answer.tokens):
+                answer.error = f"it ended after {len(answer.times)} pieces, without a reason"
+    except (aiohttp.ClientError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"
-    if not answer.times and not answer.error:
-        answer.error = "an empty answer"
     return answer
 
 
@@ -95,7 +104,7 @@ async def streams(
 
     await asyncio.gather(*(client() for _ in range(count)))
     took = time.perf_counter() - began
-    return latencies(answers) | {"tokens_per_s": sum(len(it.times) for it in answers) / took}
+    return latencies(answers) | {"tokens_per_s": sum(it.tokens for it in answers) / took}
 
 
 def latencies(answers: Sequence[Answer]) -> dict[str, float]:
@@ -113,6 +122,5 @@ def latencies(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def at(values: Sequence[float], part: float) -> float:
-    """The quantile: the value that `part` of them do not exceed."""
-    ranked = sorted(values)
-    return ranked[min(int(len(ranked) * part), len(ranked) - 1)]
+    """The quantile: the least of the values that at least `part` of them do not exceed."""
+    return sorted(values)[math.ceil(len(values) * part) - 1]

@@ -60,7 +60,12 @@ CASES = [
 
 def run(plan: Plan, record: Record) -> None:
     record.describe(
-        SAMPLER, dtype=plan.dtype, rank=8, requests_at_once=16, prompt_tokens=32, answer_tokens=48
+        SAMPLER,
+        dtype=plan.dtype,
+        rank="8 where a name says nothing else",
+        requests_at_once=16,
+        prompt_tokens=32,
+        answer_tokens=48,
     )
     shape = shape_of(plan.model, plan.quick)
     with tempfile.TemporaryDirectory() as name:
@@ -74,8 +79,10 @@ def _engine(
     plan: Plan, record: Record, shape: Shape, engine: str, cases: list[Case], folder: Path
 ) -> None:
     modules = shape.linear if "all linear" in engine else shape.attention
-    folders = adapters(folder / engine, shape, [8] * ADAPTERS, plan.seed, modules)
-    asked = told(plan, folder) | {"adapters": folders, "seed": plan.seed, "flags": ENGINES[engine]}
+    flags = ENGINES[engine]
+    ranks = [flags["max_lora_rank"]] * ADAPTERS
+    folders = adapters(folder / engine, shape, ranks, plan.seed, modules)
+    asked = told(plan, folder) | {"adapters": folders, "seed": plan.seed, "flags": flags}
     with Worker(__name__, asked, "none") as stock, Worker(__name__, asked, "r3mes") as ours:
         ready(ours, stock)
         for case in cases:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from benchmarks.client import at
 from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.programs import running, until_well
 from benchmarks.results import Target
@@ -79,7 +80,7 @@ async def _asked(url: str, seconds: float) -> dict[str, float]:
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
     took.sort()
-    return {"p50": took[len(took) // 2], "p99": took[int(len(took) * 0.99)], "count": len(took)}
+    return {"p50": at(took, 0.5), "p99": at(took, 0.99), "count": len(took)}
 
 
 async def _half_open(url: str, count: int) -> None:

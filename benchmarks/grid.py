@@ -4,8 +4,8 @@
 
 As `kept`, over a grid: ours and stock vLLM with the same flags in processes of their own, each of
 its own base model too, and PEFT and llama.cpp, which have one adapter at a time and get the
-requests of each as one batch. Requests are dealt to the adapters in turn; with fewer requests than
-adapters only as many adapters have one.
+requests of each as one batch. Requests are dealt to the adapters in turn; there are no more
+adapters than requests.
 """
 
 import tempfile
@@ -55,7 +55,8 @@ def run(plan: Plan, record: Record) -> None:
             (adapters, at_once)
             for at_once in grid.at_once
             for adapters in grid.adapters
-            if plan.wants(f"{adapters} adapters, {at_once} at once, rank {rank}")
+            if adapters <= at_once
+            and plan.wants(f"{adapters} adapters, {at_once} at once, rank {rank}")
         ]
         if not cells:
             continue
@@ -84,7 +85,8 @@ def run(plan: Plan, record: Record) -> None:
                 for side, module in modules.items()
             }
             ready(*workers.values())
-            for adapters, at_once in cells:
+            for number, (adapters, at_once) in enumerate(cells, 1):
+                record.say(f"{adapters} adapters, {at_once} at once: {number} of {len(cells)}")
                 _cell(plan, record, grid, workers, rank, adapters, at_once)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import psutil
 
-from benchmarks.results import Figure, Machine, Pair, Run, Target, shortened, told
+from benchmarks.results import ONLY, Figure, Machine, Pair, Run, Target, shortened, told
 from benchmarks.side_by_side import processor
 from benchmarks.suites import Suite
 
@@ -141,7 +141,7 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
         module.run(plan, record)
     except KeyboardInterrupt:
         ended, interrupted = "interrupted", True
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "R3MES_DEBUG_BENCH" in os.environ:
             raise
         while isinstance(error, ExceptionGroup):
@@ -150,21 +150,22 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
         told_of = "\n".join([str(error), *getattr(error, "__notes__", ())])
         say(f"[{suite.name}] {type(error).__name__}: {told_of[:4000]}")
     load = psutil.getloadavg()[0]
+    commit = _git("rev-parse", "HEAD")
     run = Run(
         suite=suite.name,
         about=suite.about,
         model=_model(plan) if suite.model else "",
         sampler=record.sampler,
-        settings=record.settings,
+        settings=record.settings | ({ONLY: plan.only} if plan.only else {}),
         seed=plan.seed,
         rounds=plan.rounds,
         quick=plan.quick,
         ended=ended,
         started=started,
         seconds=round(time.monotonic() - began, 1),
-        commit=_git("rev-parse", "HEAD"),
+        commit=commit,
         # but for what earlier runs have written
-        clean=not _git("status", "--porcelain", "--", ".", *_WRITTEN),
+        clean=bool(commit) and not _git("status", "--porcelain", "--", ".", *_WRITTEN),
         versions=_versions(),
         machine=before.model_copy(update={"load_after": round(load, 1)}),
         notes=record.notes,
@@ -202,12 +203,12 @@ def _machine() -> Machine:
         processor=processor(),
         cores=os.cpu_count() or 0,
         memory_gib=round(psutil.virtual_memory().total / (1 << 30), 1),
-        gpu=_gpu(),
+        gpu=gpu(),
         load_before=round(psutil.getloadavg()[0], 1),
     )
 
 
-def _gpu() -> str:
+def gpu() -> str:
     """With their number, if there are several."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:

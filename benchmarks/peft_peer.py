@@ -24,9 +24,10 @@ def work(given: dict[str, Any]) -> None:
     model: Any = base.to(device)
     for number, folder in enumerate(given["adapters"]):
         if number == 0:
-            model = PeftModel.from_pretrained(base, folder, adapter_name="a0")
+            model = PeftModel.from_pretrained(base, folder, "a0", autocast_adapter_dtype=False)
         else:
-            model.load_adapter(folder, adapter_name=f"a{number}")
+            model.load_adapter(folder, f"a{number}", autocast_adapter_dtype=False)
+    model = model.to(dtype)
     model.eval()
 
     def answer(number: int, prompts: Any, length: int) -> None:

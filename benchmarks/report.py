@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.results import LEAST_PAIRS, RESULTS, Figure, Run, told
+from benchmarks.results import LEAST_PAIRS, ONLY, RESULTS, Figure, Run, told
 from benchmarks.suites import SUITES
 
 PAGE = "README.md"
@@ -24,7 +24,7 @@ _HEAD = """# Results
 Made of the JSON files in this folder by `python -m benchmarks.report`; nothing is written by hand.
 Each figure is of two sides measured in turn in one run on one machine; the ratio is ours to the
 peer's of the same pair. Given is the median (least to most). Of runs of one suite, model and
-machine the newest is shown. How to run them: [../README.md](../README.md).
+machine the newest whole one is shown. How to run them: [../README.md](../README.md).
 """
 
 
@@ -56,9 +56,10 @@ def read(folder: Path) -> list[Run]:
 
 
 def shown(runs: Sequence[Run]) -> list[Run]:
-    """The newest of each suite, model and machine, in the order of the suites."""
+    """The newest whole run of each suite, model and machine, in the order of the suites; where
+    none is whole the newest that is not."""
     newest: dict[tuple[str, str, str], Run] = {}
-    for run in sorted(runs, key=lambda it: (not it.quick, it.started)):
+    for run in sorted(runs, key=lambda it: (not it.quick, it.whole, it.started)):
         newest[run.group] = run
     order = {name: number for number, name in enumerate(SUITES)}
     return sorted(newest.values(), key=lambda it: (order.get(it.suite, len(order)), it.group))
@@ -82,10 +83,10 @@ def explained(page: str, runs: Sequence[Run]) -> str:
 
 def _of_suite(suite: str, runs: Sequence[Run]) -> str:
     """The newest run of each model on a GPU, and the newest without: what has a target and, where
-    nothing has one, what its plots say by bars. One that was cut short only where no other is."""
+    nothing has one, what its plots say by bars. One that is not whole only where no other is."""
     newest = {
         (bool(run.machine.gpu), run.model): run
-        for run in sorted(runs, key=lambda it: (it.ended == "complete", it.started))
+        for run in sorted(runs, key=lambda it: (it.whole, it.started))
         if run.suite == suite and not run.quick
     }
     if not newest:
@@ -96,7 +97,8 @@ def _of_suite(suite: str, runs: Sequence[Run]) -> str:
         where = run.machine.gpu or f"{run.machine.cores} cores of {run.machine.processor}"
         dtype = str(run.settings.get("dtype", ""))
         ended = "" if run.ended == "complete" else f"**not complete: {run.ended}**"
-        parts = (where, run.model, dtype, f"{run.started:%Y-%m-%d}", ended)
+        only = f"**only {run.settings[ONLY]}**" if ONLY in run.settings else ""
+        parts = (where, run.model, dtype, f"{run.started:%Y-%m-%d}", only, ended)
         about = ", ".join(it for it in parts if it)
         lines += [f"{about}; [all figures, settings, pairs]({folder}/{PAGE}#{suite}):", ""]
         aimed = [it for it in run.figures if it.target]
@@ -168,7 +170,7 @@ def _origin(run: Run) -> str:
     settings = ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in run.settings.items()
     )
-    tree = "" if run.clean else ", with changes"
+    tree = "" if run.clean or not run.commit else ", with changes"
     parts = [
         f"{run.started:%Y-%m-%d %H:%M} UTC, {told(run.seconds)} s",
         f"{machine.cores} cores, {told(machine.memory_gib)} GiB",

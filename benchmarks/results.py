@@ -16,6 +16,8 @@ SCHEMA = 1
 LEAST_PAIRS = 5
 """Fewer say nothing about the spread."""
 RESULTS = Path(__file__).parent / "results"
+ONLY = "only"
+"""The setting that says which cases were measured; absent where all were."""
 _DIGITS = 6
 
 
@@ -174,8 +176,13 @@ class Run(_Frozen):
         return f"{self.suite}{model}-{self.machine.slug}-{date}"
 
     @property
+    def whole(self) -> bool:
+        """All cases, to the end."""
+        return self.ended == "complete" and ONLY not in self.settings
+
+    @property
     def group(self) -> tuple[str, str, str]:
-        """Of runs with the same one only the newest is shown."""
+        """Of runs with the same one only the newest is shown, a whole one if there is any."""
         return self.suite, self.model, self.machine.slug
 
     def text(self) -> str:

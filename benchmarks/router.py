@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import aiohttp
 import psutil
 import uvicorn
 
+from benchmarks.client import at
 from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.programs import running, until_well
 from benchmarks.results import Target
@@ -122,10 +122,10 @@ async def _alone(http: aiohttp.ClientSession, url: str, requests: int) -> dict[s
         firsts.append(first)
         wholes.append(whole)
     return {
-        "p50": _at(firsts, 0.5),
-        "p99": _at(firsts, 0.99),
-        "whole_p50": _at(wholes, 0.5),
-        "whole_p99": _at(wholes, 0.99),
+        "p50": at(firsts, 0.5),
+        "p99": at(firsts, 0.99),
+        "whole_p50": at(wholes, 0.5),
+        "whole_p99": at(wholes, 0.99),
     }
 
 
@@ -146,10 +146,6 @@ async def _ask(
         async for _ in answer.content.iter_any():
             first = first or time.perf_counter() - began
     return first, time.perf_counter() - began
-
-
-def _at(values: Sequence[float], part: float) -> float:
-    return sorted(values)[min(int(len(values) * part), len(values) - 1)]
 
 
 async def _node(scope: Any, receive: Any, send: Any) -> None:

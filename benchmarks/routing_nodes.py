@@ -1,97 +1,130 @@
-"""The router in front of four nodes of unequal speed, beside choosing blindly.
+"""The backend in front of four nodes of unequal speed, beside choosing blindly.
 
     r3mes-vllm bench routing-nodes [--rounds 5] [--seconds 30]
 
-Real HTTP and the real backend; the nodes are programs without a model that make tokens at speeds of
-1, 1, 2 and 4, two answers at a time, and keep the rest waiting. Requests come at random moments and
-are of random length. The peers choose a node themselves, at random or in turn, and ask it directly.
+Real engines and the real backend. The nodes share the machine by turns: in each tenth of a second
+one after the other runs, for 1, 1, 2 and 4 slices of it, while the others are stopped (SIGSTOP); so
+each has a speed of its own, which is measured first. Requests come at random moments and are of
+random length. The peers choose a node themselves, at random or in turn, and ask it directly.
 """
 
 import asyncio
 import contextlib
 import itertools
-import json
 import random
+import signal
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import aiohttp
-from starlette.types import Receive, Scope, Send
+import psutil
 
-from benchmarks.client import at, session
+from benchmarks.client import Answer, Asked, ask, at, session, streams
 from benchmarks.harness import Plan, Record, alone, in_turn
-from benchmarks.programs import running, until_well
 from benchmarks.results import Target
-from tests.backend.stand_ins import LEGAL_CID, serving, wallet
-from tests.programs import free_port
+from benchmarks.servers import Servers
+from benchmarks.shapes import adapter, shape_of
+from tests.programs import Program, free_port, program, wait_until
 
-SPEEDS = (1.0, 1.0, 2.0, 4.0)
-SLOTS, TOKENS, TOKEN_S, LOAD = 2, 20, 0.02, 0.7
-"""Answers at a time; mean tokens of an answer; of one at speed 1; of what the nodes can do."""
-BEAT_S = 5.0
-
-
-class Node:
-    def __init__(self, speed: float) -> None:
-        self._speed = speed
-        self._slots = asyncio.Semaphore(SLOTS)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        body = b""
-        more = True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        headers = [(b"content-type", b"text/plain; charset=utf-8")]
-        if not scope["path"].endswith("/chat"):
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        async with self._slots:
-            for number in range(int(json.loads(body)["message"])):
-                await asyncio.sleep(TOKEN_S / self._speed)
-                if not number:
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await send({"type": "http.response.body", "body": b"word ", "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+SPEEDS = (1, 1, 2, 4)
+SLICE_S = 0.1 / sum(SPEEDS)
+SEATS, PROMPT, TOKENS, LOAD = 2, 16, 12, 0.7
+"""Answers at a time of a node; tokens asked; mean tokens of an answer; of what the nodes can do."""
+BEAT_S = 5
 
 
 def run(plan: Plan, record: Record) -> None:
-    asyncio.run(_run(plan, record))
-
-
-async def _run(plan: Plan, record: Record) -> None:
-    for_s = plan.lasts(30, 3)
+    for_s = plan.lasts(30, 4)
     record.describe(
-        "none: no model",
-        speeds=", ".join(f"{it:g}" for it in SPEEDS),
-        slots=SLOTS,
+        "greedy, end of text ignored",
+        dtype=plan.dtype,
+        speeds=", ".join(map(str, SPEEDS)),
+        answers_at_a_time=SEATS,
         load=LOAD,
         seconds=for_s,
-        mean_tokens=TOKENS,
+        prompt_tokens=PROMPT,
+        mean_answer_tokens=TOKENS,
     )
-    async with contextlib.AsyncExitStack() as until_end:
-        nodes = [await until_end.enter_async_context(serving(Node(it))) for it in SPEEDS]
+    with ExitStack() as until_end:
         folder = Path(until_end.enter_context(tempfile.TemporaryDirectory()))
+        legal = adapter(folder / "legal", shape_of(plan.model, plan.quick), seed=plan.seed)
         port = free_port()
-        until_end.enter_context(
-            running(
-                *("r3mes_vllm", "backend", "--port", str(port), "--allow-private-nodes"),
+        backend = until_end.enter_context(
+            program(
+                folder / "backend",
+                *("backend", "--port", str(port), "--allow-private-nodes"),
                 *("--database-url", f"sqlite:///{folder / 'backend.sqlite3'}"),
+                url=f"http://127.0.0.1:{port}",
             )
         )
-        backend = f"http://127.0.0.1:{port}"
-        await until_well(f"{backend}/health")
-        http = await until_end.enter_async_context(session())
-        await _register(http, backend, nodes)
-        beating = asyncio.create_task(_beat(http, backend, len(nodes)))
-        until_end.callback(beating.cancel)
+        backend.wait_for("/health", 60)
+        servers = Servers(plan, folder, slots=1, kept=2, rank=8, seats=SEATS)
+        nodes = []
+        for number in range(len(SPEEDS)):
+            node = servers.node(
+                *("--backend-url", backend.url),
+                loras={"legal": legal},
+                name=f"node-{number}",
+                R3MES_HEARTBEAT_INTERVAL=str(BEAT_S),
+            )
+            nodes.append(until_end.enter_context(node))
+            record.say(f"node {number + 1} of {len(SPEEDS)} is there")
+        servers.ready()
+        for it in nodes:
+            wait_until(lambda it=it: "registered with" in it.output(), 60, "its registration")  # type: ignore[misc]
+        with _by_turns(nodes):
+            asyncio.run(_measured(plan, record, backend.url, [it.url for it in nodes], for_s))
+
+
+@contextmanager
+def _by_turns(nodes: Sequence[Program]) -> Iterator[None]:
+    """Only one of them runs at a time, each for its share."""
+    tops = [psutil.Process(it.process.pid) for it in nodes]
+    trees = [[top, *top.children(recursive=True)] for top in tops]
+    ended = threading.Event()
+
+    def send(tree: Sequence[psutil.Process], number: signal.Signals) -> None:
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def share() -> None:
+        while not ended.is_set():
+            for tree, speed in zip(trees, SPEEDS, strict=True):
+                send(tree, signal.SIGCONT)
+                ended.wait(speed * SLICE_S)
+                send(tree, signal.SIGSTOP)
+
+    for tree in trees:
+        send(tree, signal.SIGSTOP)
+    sharing = threading.Thread(target=share)
+    sharing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        sharing.join()
+        for tree in trees:
+            send(tree, signal.SIGCONT)
+
+
+async def _measured(
+    plan: Plan, record: Record, backend: str, nodes: Sequence[str], for_s: float
+) -> None:
+    async with session() as http:
+        can = []
+        for url in nodes:
+            found = await streams(
+                http, url, SEATS, lambda number: Asked("legal", PROMPT, TOKENS, number), for_s / 4
+            )
+            can.append(found["tokens_per_s"])
+        record.note(f"tokens a second of each node alone: {', '.join(f'{it:.3g}' for it in can)}")
+        rate = LOAD * sum(can) / TOKENS
+        record.describe(record.sampler, requests_per_s=round(rate, 2))
         for turn in range(plan.rounds):
             seed = plan.seed + turn
             chance, cycle = random.Random(seed), itertools.cycle(nodes)
@@ -100,38 +133,33 @@ async def _run(plan: Plan, record: Record) -> None:
                 "random": lambda chance=chance: chance.choice(nodes),  # type: ignore[misc]
                 "round robin": lambda cycle=cycle: next(cycle),  # type: ignore[misc]
             }
-            found = {
-                name: await _offered(http, choose, for_s, seed)
+            found_of = {
+                name: await _offered(http, choose, rate, for_s, seed)
                 for name, choose in in_turn(turn, tuple(choices.items()))
             }
             for peer in ("random", "round robin"):
-                _note(record, found["the backend"], peer, found[peer])
+                _note(record, found_of["the backend"], peer, found_of[peer])
 
 
 async def _offered(
-    http: aiohttp.ClientSession, choose: Callable[[], str], for_s: float, seed: int
+    http: aiohttp.ClientSession, choose: Callable[[], str], rate: float, for_s: float, seed: int
 ) -> dict[str, float]:
-    """Seconds until the first byte and the last."""
+    """Seconds until the first token and the last."""
     rng = random.Random(seed)
-    rate = LOAD * sum(SPEEDS) * SLOTS / (TOKENS * TOKEN_S)
-    firsts: list[float] = []
-    wholes: list[float] = []
-
-    async def one(tokens: int) -> None:
-        began, first = time.perf_counter(), 0.0
-        body = {"message": str(tokens), "lora_name": "legal"}
-        async with http.post(f"{choose()}/chat", json=body) as answer:
-            answer.raise_for_status()
-            async for _ in answer.content.iter_any():
-                first = first or time.perf_counter() - began
-        firsts.append(first)
-        wholes.append(time.perf_counter() - began)
-
-    ends = time.monotonic() + for_s
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + for_s
+    asking: list[asyncio.Task[Answer]] = []
     async with asyncio.TaskGroup() as tasks:
-        while time.monotonic() < ends:
+        while loop.time() < ends:
             await asyncio.sleep(rng.expovariate(rate))
-            tasks.create_task(one(1 + int(rng.expovariate(1 / TOKENS))))
+            length = 1 + int(rng.expovariate(1 / TOKENS))
+            asked = Asked("legal", PROMPT, length, len(asking))
+            asking.append(tasks.create_task(ask(http, choose(), asked)))
+    answers = [it.result() for it in asking]
+    if failed := [it.error for it in answers if it.error]:
+        raise RuntimeError(f"{len(failed)} of {len(answers)} requests failed: {failed[0]}")
+    firsts = [it.first_s for it in answers]
+    wholes = [it.times[-1] - it.asked_at for it in answers]
     return {
         "first": statistics.mean(firsts),
         "first_p99": at(firsts, 0.99),
@@ -142,8 +170,8 @@ async def _offered(
 
 def _note(record: Record, ours: dict[str, float], peer: str, other: dict[str, float]) -> None:
     names = {
-        "first": "until the first byte, mean",
-        "first_p99": "until the first byte, p99",
+        "first": "until the first token, mean",
+        "first_p99": "until the first token, p99",
         "whole": "whole answer, mean",
         "whole_p99": "whole answer, p99",
     }
@@ -158,23 +186,6 @@ def _note(record: Record, ours: dict[str, float], peer: str, other: dict[str, fl
             target=Target(at_most=1.0) if key.startswith("first") else None,
             chart="Four nodes of unequal speed",
         )
-
-
-async def _register(http: aiohttp.ClientSession, backend: str, nodes: list[str]) -> None:
-    adapters = {"adapters": {"legal": LEGAL_CID}, "available_lora_list": ["legal"]}
-    for number, url in enumerate(nodes):
-        body = {"wallet_address": wallet(number), "endpoint_url": url, **adapters}
-        async with http.post(f"{backend}/api/serving-node/register", json=body) as answer:
-            answer.raise_for_status()
-
-
-async def _beat(http: aiohttp.ClientSession, backend: str, nodes: int) -> None:
-    while True:
-        for number in range(nodes):
-            body = {"wallet_address": wallet(number), "status": "active", "current_load": 0}
-            async with http.post(f"{backend}/api/serving-node/heartbeat", json=body) as answer:
-                answer.raise_for_status()
-        await asyncio.sleep(BEAT_S)
 
 
 if __name__ == "__main__":

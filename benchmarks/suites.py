@@ -79,9 +79,8 @@ _ALL = [
     ),
     Suite(
         "routing-nodes",
-        "The router in front of four real nodes of unequal speed, and of random choice.",
+        "The backend in front of four real nodes of unequal speed, beside choosing blindly.",
         "benchmarks.routing_nodes",
-        model=False,
     ),
     Suite(
         "fetch",

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from benchmarks import command, plots, report, working_set
+from benchmarks import client, command, plots, report, working_set
 from benchmarks.gguf_files import write_adapter, write_model
 from benchmarks.harness import Plan, Record, carried_out, in_turn
 from benchmarks.results import LEAST_PAIRS, RESULTS, Figure, Pair, Run, Spread, Target, told
@@ -21,6 +24,8 @@ from benchmarks.suites import SUITES, Suite
 from r3mes_vllm.cli.main import app
 from r3mes_vllm.errors import ConfigError
 from tests import tiny
+from tests.backend.stand_ins import serving
+from tests.peers import installed
 
 SUITE = Suite("made-up", "What is made up.", "tests.made_up_suite", model=False)
 
@@ -187,6 +192,64 @@ def test_a_suite_that_fails_keeps_its_pairs_and_no_path(
     (path,) = tmp_path.glob("*.json")
     assert Run.read(path).ended == "failed: RuntimeError"
     assert "/a/path" not in path.read_text()
+
+
+def test_a_program_that_is_missing_does_not_lose_the_pairs(suite: types.ModuleType) -> None:
+    def wants_npm(plan: Plan, record: Record) -> None:
+        two_figures(Plan(2), record)
+        installed.npm("no-such-package")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.which", lambda name: None)
+        run = ran(suite, wants_npm)
+    assert run.ended == "failed: RuntimeError"
+    assert [len(figure.pairs) for figure in run.figures] == [2, 2]
+
+
+def test_a_run_of_some_cases_says_so_and_hides_no_whole_one(suite: types.ModuleType) -> None:
+    suite.run = two_figures  # type: ignore[attr-defined]
+    part, _ = carried_out(SUITE, Plan(5, only="1 adapters"), quiet)
+    assert part.settings["only"] == "1 adapters"
+    whole = ran(suite, two_figures)
+    late = part.model_copy(update={"started": part.started.replace(year=9000)})
+    assert report.shown([whole, late]) == [whole]
+    assert report.shown([late]) == [late]
+    block = "<!-- results: made-up -->\n<!-- end -->\n"
+    assert "9000" not in report.explained(block, [whole, late])
+    assert "**only 1 adapters**" in report.explained(block, [late])
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [(0.5, 5), (0.51, 6), (0.9, 9), (0.95, 10), (0.99, 10), (1.0, 10)]
+)
+def test_a_quantile_is_the_least_that_so_many_do_not_exceed(part: float, value: int) -> None:
+    assert client.at([*range(10, 0, -1)], part) == value
+
+
+PIECE = 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+LAST = 'data: {"choices": [{"text": "b", "finish_reason": "length"}]}\n\n'
+USAGE = 'data: {"choices": [], "usage": {"completion_tokens": 7}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "tokens"),
+    [
+        (PIECE + LAST + USAGE + "data: [DONE]\n\n", "", 7),
+        (PIECE + PIECE, "it ended after 2 pieces", 0),
+        (PIECE + 'data: {"error": {"message": "the node died"}}\n\n', "the node died", 0),
+        (PIECE + "data: {broken\n\n", "JSONDecodeError", 0),
+        ("data: [DONE]\n\n", "it ended after 0 pieces", 0),
+    ],
+)
+async def test_an_answer_is_whole_or_an_error(sent: str, error: str, tokens: int) -> None:
+    app = Starlette(
+        routes=[Route("/v1/completions", lambda _: PlainTextResponse(sent), methods=["POST"])]
+    )
+    async with serving(app) as url, client.session() as http:
+        answer = await client.ask(http, url, client.Asked("legal", 4, 7))
+    assert error in answer.error
+    assert bool(error) == bool(answer.error)
+    assert answer.tokens == tokens
 
 
 def test_the_page_shows_the_newest_run_of_each_group(suite: types.ModuleType) -> None:

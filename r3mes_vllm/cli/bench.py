@@ -29,7 +29,10 @@ def bench(
     model: Annotated[
         str, typer.Option(help="smol, tiny, or of random weights: llama-1b, llama-8b.")
     ] = "smol",
-    dtype: Annotated[str, typer.Option(help="Of the engine: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str,
+        typer.Option(help="Of the engine: bfloat16, float32, or auto, the faster one here."),
+    ] = "auto",
     only: Annotated[
         str, typer.Option(help="A part of the names of the cases to measure; several: 'S1|zipf'.")
     ] = "",

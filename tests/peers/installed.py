@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
-import pytest
 
 _HERE = Path(__file__).parent
 _PYTHON = _HERE / "requirements.txt"
@@ -24,7 +23,7 @@ def npm(package: str, beside: Path = _HERE) -> Path:
         _run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], folder)
 
     if not shutil.which("npm"):
-        pytest.fail("the tests need Node.js and npm: apt-get install nodejs npm")
+        raise RuntimeError("Node.js and npm are needed: apt-get install nodejs npm")
     return _once(package, beside / package / "package-lock.json", install)
 
 
@@ -68,4 +67,4 @@ def _once(name: str, lock_file: Path, install: Callable[[Path], None]) -> Path:
 def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     if done.returncode:
-        pytest.fail(f"{' '.join(command[:4])} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command[:4])} failed: {done.stderr[-2000:]}")
