@@ -64,12 +64,14 @@ def run(plan: Plan, record: Record) -> None:
             folder = Path(name)
             most = max(adapters for adapters, _ in cells)
             folders = cpu_lora.adapters(folder / "adapters", shape, [rank] * most, plan.seed)
-            flags = {
+            flags: dict[str, object] = {
                 "max_loras": grid.slots,
                 "max_cpu_loras": max(most, grid.slots),
                 "max_lora_rank": rank,
                 "max_num_seqs": max(grid.at_once),
             }
+            if shape.dummy:  # else a GPU's kernels start for modules without adapters too
+                flags["lora_target_modules"] = [it.rpartition(".")[2] for it in shape.attention]
             modules = {"stock": cpu_lora, "ours": cpu_lora}
             if not set(cells).isdisjoint(grid.one_by_one):
                 modules["PEFT"] = peft_peer

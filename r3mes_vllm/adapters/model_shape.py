@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 _LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"}
+_PACKED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+"""In which module of vLLM's each is, which takes adapters for all of its parts, or for none."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,17 @@ class ModelShape:
 
     name: str
     modules: Mapping[str, tuple[int, int]] | None
+    targets: frozenset[str] | None = None
+    """vLLM's `--lora-target-modules`: those that take adapters; None for all."""
+
+    def takes(self, module: str) -> bool:
+        """Whether vLLM applies an adapter's weights of `module`; the others it leaves out."""
+        if self.targets is None:
+            return True
+        path, _, last = module.rpartition(".")
+        parent = _PACKED.get(last, last)
+        names = {parent, f"{path}.{parent}", *(it for it in _PACKED if _PACKED[it] == parent)}
+        return not self.targets.isdisjoint(names)
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> "ModelShape":

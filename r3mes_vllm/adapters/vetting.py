@@ -252,6 +252,18 @@ def shapes_fit(it: Candidate) -> None:
             )
 
 
+def modules_are_served(it: Candidate) -> None:
+    """Without a word vLLM leaves out the weights of modules that its operator left out."""
+    for name in it.tensors:
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        if it.base and not it.base.takes(module):
+            refuse(
+                "modules_are_served",
+                f"{short(module)} takes no adapters on this node",
+                hint="its operator must add it to --lora-target-modules, or leave that out",
+            )
+
+
 def modules_are_targeted(it: Candidate) -> None:
     """PEFT ignores the weights of a module that the configuration leaves out; vLLM adds them."""
     targets = it.config["target_modules"]
@@ -330,6 +342,7 @@ HEADER_RULES: tuple[Rule, ...] = (
     names_are_literal,
     tensors_are_lora,
     shapes_fit,
+    modules_are_served,
     modules_are_targeted,
 )
 """What must be asked again of an adapter in the store: the base model may be another today."""

@@ -1,5 +1,6 @@
 """Each rule refuses what it is there for, and nothing else does: with the rule out, it passes."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,38 @@ def test_bad_weights_are_refused_by_their_rule_alone(
     assert caught.value.rule == rule
     others = [it for it in vetting.RULES if it.__name__ not in (rule, "shapes_fit")]
     vet(directory, base=BASE, rules=others)
+
+
+LAYER = "model.layers.0.self_attn"
+TARGETS = [
+    *({"q_proj"}, {"qkv_proj"}, {"o_proj"}, {"up_proj", "v_proj"}, {"gate_up_proj", "down_proj"}),
+    *({f"{LAYER}.qkv_proj"}, {f"{LAYER}.q_proj"}, {f"{LAYER}.o_proj"}),
+]
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+def test_modules_take_adapters_where_vllm_applies_them(targets: set[str]) -> None:
+    from vllm.lora.utils import is_in_target_modules
+
+    packed = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    base = dataclasses.replace(BASE, targets=frozenset(targets))
+    for module in tiny.modules():
+        path, _, last = module.rpartition(".")
+        wrapped = next((it for it, parts in packed.items() if last in parts), last)
+        applied = is_in_target_modules(f"{path}.{wrapped}", [*targets], packed)
+        assert base.takes(module) == applied, module
+
+
+def test_what_vllm_would_leave_out_is_refused(tmp_path: Path) -> None:
+    directory = write(tmp_path / "a", tiny.config())
+    only = frozenset({"q_proj", "o_proj"})
+    with pytest.raises(AdapterRefused, match=r"mlp.*takes no adapters on this node") as caught:
+        vet(directory, base=dataclasses.replace(BASE, targets=only))
+    assert caught.value.rule == "modules_are_served"
+    vet(directory, base=dataclasses.replace(BASE, targets=only | {"gate_proj", "down_proj"}))
 
 
 @pytest.mark.parametrize(
