@@ -1,6 +1,8 @@
 """What the base model is: where it lies, under which name it is served, which modules it has."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ def served_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def shape_of(model: str, name: str) -> ModelShape:
-    """Of a hub name or a directory, as vLLM takes it. Raises ConfigError if it is neither."""
+def shape_of(model: str, name: str, targets: Sequence[str] | None = None) -> ModelShape:
+    """Of a hub name or a directory, as vLLM takes it; `targets` is its `--lora-target-modules`.
+
+    Raises ConfigError if it is neither.
+    """
     try:
-        return ModelShape.from_config(name, _config(model))
+        shape = ModelShape.from_config(name, _config(model))
+        return replace(shape, targets=frozenset(targets) if targets else None)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(
             f"--model {model}: its config.json is not that of a model: {error!r}",

@@ -5,7 +5,6 @@ import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -165,10 +164,7 @@ class NodeEndpoints:
         self._settings = _with_modules(self._settings, modules)
         supply = Supply.of(
             self._settings,
-            base=replace(
-                shape_of(args.model, models.base_model_paths[0].name),
-                targets=frozenset(args.lora_target_modules) if args.lora_target_modules else None,
-            ),
+            base=shape_of(args.model, models.base_model_paths[0].name, args.lora_target_modules),
             max_rank=args.max_lora_rank,
         )
         supply.timed = self._measures.loaded

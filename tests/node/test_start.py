@@ -9,6 +9,8 @@ import pytest
 from vllm.plugins import load_endpoint_plugins
 
 from r3mes_vllm.adapters.supply import Obtained, Supply
+from r3mes_vllm.engine import launch
+from r3mes_vllm.engine.model import shape_of
 from r3mes_vllm.errors import AdapterRefused, ConfigError
 from r3mes_vllm.ipfs.cid import CID, RAW
 from r3mes_vllm.ipfs.path import IpfsPath
@@ -66,6 +68,17 @@ def test_the_guard_stands_before_every_kind_of_model(
 ) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "r3mes")
     assert [type(it) for it in load_endpoint_plugins(tasks)] == [NodeEndpoints]
+
+
+@pytest.mark.parametrize("options", [[], ["--lora-target-modules", "q_proj", "o_proj"]])
+def test_the_base_model_takes_adapters_where_vllm_was_told(
+    tiny_model: Path, options: list[str]
+) -> None:
+    args = launch._parser().parse_args(["--model", str(tiny_model), *options])
+    shape = shape_of(args.model, "tiny", args.lora_target_modules)
+    assert shape.modules
+    for module in shape.modules:
+        assert shape.takes(module) == (not options or "self_attn" in module)
 
 
 async def test_a_model_that_generates_nothing_is_refused() -> None:
