@@ -46,6 +46,8 @@ OF_SLOTS = (0.5, 1.0, 1.5, 2.0, 4.0)
 MIXED = 2.0
 """That of Punica's mixes."""
 WARMS_S = 3.0
+ALL_WAIT = {"R3MES_LOADS_WAITING": "10000", "R3MES_REQUESTS_AT_ONCE": "10000"}
+"""As with stock, which lets all wait; the node would send some away."""
 DISK_LEFT = 2 << 30
 """Bytes that the machine keeps."""
 BUSY = 1.1
@@ -111,7 +113,7 @@ def run(plan: Plan, record: Record) -> None:
             cids = asyncio.run(_stored(servers, folders))
             options = ("--allow-cid", "--load-wait", "600")
             first = {"a0": folders["a0"]}
-            node = until_end.enter_context(servers.node(*options, loras=first))
+            node = until_end.enter_context(servers.node(*options, loras=first, **ALL_WAIT))
             servers.ready()
             sides = {
                 "ours": (node.url, [f"ipfs://{cid}" for cid in cids]),
