@@ -88,7 +88,7 @@ def gpu(settings: Settings) -> Finding:
     if build == "cpu":
         if gpus:
             said = f"the CPU build is installed, and there is {gpus[0].name}"
-            return Finding("warn", said, "rm -r .venv && make setup")
+            return Finding("warn", said, "make setup")
         try:
             ctypes.CDLL(_NUMA)
         except OSError:
