@@ -134,7 +134,7 @@ def _model(settings: Settings) -> str:
 def _warn_of_trouble(settings: Settings) -> None:
     """The part of `r3mes-vllm doctor` that takes milliseconds."""
     local = (checks_local.directories, checks_local.disk, checks_local.network_port)
-    for check in (*local, checks_engine.gpu, checks_engine.memory):
+    for check in (*local, checks_engine.gpu, checks_engine.compiler, checks_engine.memory):
         found = check(settings)
         if found.status in ("warn", "fail"):
             report.warn(f"{found.message}; try: {found.fix}")
