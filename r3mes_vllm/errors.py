@@ -3,6 +3,7 @@
     R3mesError
     ├── ConfigError           a setting that can't work
     ├── PortTaken             another program listens there
+    ├── HubUnreachable        the model hub does not answer now
     ├── BadRequest            a client's request that can't be answered
     ├── IpfsError             content that can't be had from IPFS
     │   ├── BadCID            text that is no CID, or one of a kind that is not supported
@@ -58,6 +59,11 @@ class ConfigError(R3mesError):
 
 class PortTaken(R3mesError):
     code = "port_taken"
+
+
+class HubUnreachable(R3mesError):
+    code = "hub_unreachable"
+    status = 503
 
 
 class BadRequest(R3mesError):

@@ -71,7 +71,10 @@ _OURS = {
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="R3MES_", extra="forbid", frozen=True)
+    # An empty variable is one that is not set: what Compose makes of `${NAME:-}`.
+    model_config = SettingsConfigDict(
+        env_prefix="R3MES_", extra="forbid", frozen=True, env_ignore_empty=True
+    )
 
     enable_serving_node: bool = False
 
@@ -294,7 +297,7 @@ class Settings(BaseSettings):
         return {
             _variable(name): value
             if isinstance(value, str)
-            else ",".join(map(str, value))
+            else ",".join(map(str, value)) or ","  # an empty variable would be none
             if isinstance(value, list)
             else json.dumps(value)
             for name, value in values.items()

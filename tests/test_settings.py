@@ -42,11 +42,20 @@ def test_the_backends_port_is_a_setting_like_the_others(
     assert settings.load().backend == "https://network.example"
 
 
+def test_an_empty_variable_is_none(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = settings.load().model_dump()
+    for name in ("MODEL", "MAX_LORAS", "VLLM", "LORAS", "STATE_DIR", "ON_DEMAND", "CACHE_SIZE"):
+        monkeypatch.setenv(f"R3MES_{name}", "")
+    assert settings.load().model_dump() == before
+    assert settings.load(config=file).model == "from-file"
+
+
 def test_another_process_loads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     given = settings.load(
         {
             "loras": "a=bafy,b",
             "backend_port": 1234,
+            "fallback": [],
             "cache_size": "2G",
             "insecure": True,
             "heartbeat_interval": 1.5,

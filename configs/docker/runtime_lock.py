@@ -2,7 +2,7 @@
 
     python runtime_lock.py cpu                  all but the tests' tools
     python runtime_lock.py cuda --on-vllm       also without what vLLM's own image brings: its CUDA
-                                                stack, which is what no other lock names
+                                                stack, which is what no other lock names, and IMAGES
     python runtime_lock.py cpu --only build     what building the wheel takes
 
 Only the standard library: it runs before anything is installed.
@@ -18,6 +18,8 @@ LOCKS = Path(__file__).parents[2] / "requirements"
 TEST_ONLY = Path(__file__).with_name("test-only.txt")
 BUILD = ("hatchling", "editables", "packaging", "pathspec", "pluggy", "trove-classifiers")
 """What `pip wheel --no-build-isolation .` needs."""
+IMAGES = {"setuptools"}
+"""vLLM bounds it for Pythons after 3.11 only: the image's has another than the lock's."""
 
 
 def entries(lock: str) -> dict[str, str]:
@@ -32,7 +34,7 @@ def chosen(lock: str, *, on_vllm: bool, only: list[str] | None = None) -> dict[s
         return {name: every[name] for name in only}
     left_out = set(TEST_ONLY.read_text().split())
     if on_vllm:
-        left_out |= every.keys() - entries("cpu").keys()
+        left_out |= (every.keys() - entries("cpu").keys()) | IMAGES
     return {name: entry for name, entry in every.items() if name not in left_out}
 
 

@@ -1,7 +1,10 @@
 """What vLLM reads from the environment; to be set before anything of vLLM is imported."""
 
 import os
+import shutil
+import sys
 import warnings
+from pathlib import Path
 
 
 def prepare(*, local_model: bool, verbose: bool) -> None:
@@ -24,8 +27,29 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
         warnings.simplefilter("ignore")
     if local_model:
         ours["HF_HUB_OFFLINE"] = "1"
+    _add_to_path(Path(sys.executable).parent)
+    if not _has_nvcc():
+        # vLLM takes FlashInfer's sampler on every CUDA device, and FlashInfer compiles it when it
+        # is first used: without nvcc the engine would not start. vLLM's own is Triton's to compile.
+        ours["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     for name, value in ours.items():
         os.environ.setdefault(name, value)
     # vLLM mounts an endpoint plugin only if it is named here.
     plugins = os.environ.get("VLLM_PLUGINS", "").split(",")
     os.environ["VLLM_PLUGINS"] = ",".join(filter(None, dict.fromkeys([*plugins, "r3mes"])))
+
+
+def _add_to_path(folder: Path) -> None:
+    """`ninja`, which FlashInfer calls by its name, comes with the packages. An environment that is
+    not activated lacks it."""
+    path = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if str(folder) not in path:
+        os.environ["PATH"] = os.pathsep.join([str(folder), *path])
+
+
+def _has_nvcc() -> bool:
+    """Where FlashInfer looks for it, as `vllm.utils.flashinfer` has it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home and shutil.which("nvcc"):
+        return True
+    return shutil.which(Path(home or "/usr/local/cuda", "bin", "nvcc")) is not None

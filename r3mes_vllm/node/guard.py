@@ -87,6 +87,12 @@ class Doors:
         return Caller(sha256(given).hexdigest()[:16] if known else None, admin or backend)
 
 
+def needs_key(settings: Settings) -> bool:
+    """Whether `/chat` is closed to who gives none, as the existing backend."""
+    keys = settings.api_keys or settings.api_keys_file or settings.admin_key
+    return bool(keys) and not settings.open_chat
+
+
 def refuse_open_door(settings: Settings) -> None:
     """Raise ConfigError if the node would listen beyond loopback with nothing asked of callers."""
     if settings.serving_node_host in LOOPBACK or settings.insecure or Doors(settings).client:

@@ -141,6 +141,11 @@ def _of_network(reading: Reading, node: dict[str, Any]) -> str:
     if reading.listed.get("signature") == "unproven":
         why = reading.listed.get("signature_reason")
         return f"No requests come because {backend} can't be sure of {public}: {why}."
+    if "signature" not in reading.listed and node.get("chat_needs_key"):
+        return (
+            f"Each request is refused because {backend} is of the existing network, which sends no "
+            "key, and /chat needs one: pass --open-chat."
+        )
     if trouble := unreachable(backend, public):
         return f"No requests come because {trouble}."
     lasts = [it["last_s_ago"] for it in node["requests"].values() if it["last_s_ago"] is not None]

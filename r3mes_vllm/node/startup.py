@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from r3mes_vllm import report, state_dir
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import LARGEST_RANK
-from r3mes_vllm.engine import environment
+from r3mes_vllm.engine import environment, weights
 from r3mes_vllm.engine.model import served_name, shape_of
 from r3mes_vllm.errors import AdapterError, EngineError
 from r3mes_vllm.identity import Identity
@@ -108,7 +108,8 @@ def _serve(settings: Settings, passed_on: Sequence[str], early: Early, *, verbos
         passed_on=[*tls.options(settings), *settings.vllm_arguments, *passed_on],
     )
     report.say(f"engine: {sizes.arithmetic}")
-    report.say("engine: starting; this takes half a minute")
+    weights.follow(model, command_line, report.say)
+    report.say("engine: starting; this takes half a minute, and minutes with a large model")
     try:
         launch.run(command_line, early.socket_for)
     except EngineError as error:
@@ -134,7 +135,7 @@ def _model(settings: Settings) -> str:
 def _warn_of_trouble(settings: Settings) -> None:
     """The part of `r3mes-vllm doctor` that takes milliseconds."""
     local = (checks_local.directories, checks_local.disk, checks_local.network_port)
-    for check in (*local, checks_engine.gpu, checks_engine.memory):
+    for check in (*local, checks_engine.gpu, checks_engine.compiler, checks_engine.memory):
         found = check(settings)
         if found.status in ("warn", "fail"):
             report.warn(f"{found.message}; try: {found.fix}")

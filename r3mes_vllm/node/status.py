@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 
 from r3mes_vllm import __version__
 from r3mes_vllm.node.admin import view
+from r3mes_vllm.node.guard import needs_key
 from r3mes_vllm.node.health import not_ready
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.node.journal import REFUSED, Entry
@@ -65,6 +66,7 @@ async def status(request: Request) -> JSONResponse:
             "model": described.base_model,
             "up_s": round(time.time() - standing.started, 1),
             "reason": not_ready(request),
+            "chat_needs_key": needs_key(node.settings),
             "running": request.app.state.load.running,
             **_of_engine(),
             "beat_age_s": None if accepted is None else round(time.monotonic() - accepted, 1),

@@ -158,6 +158,26 @@ def test_too_little_memory_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert checks_engine.memory(given).status == "fail"
 
 
+async def test_the_memory_that_a_running_node_holds_is_not_lacking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks_engine, "_build", lambda: "cpu")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
+
+    async def health(request: Request) -> Response:
+        return Response(b'{"status": "starting"}', media_type="application/json")
+
+    async with serving(Starlette(routes=[Route("/health", health)])) as url:
+        given = settings(
+            tmp_path,
+            model=str(model_in(tmp_path / "m", "model.safetensors")),
+            serving_node_port=int(url.rpartition(":")[2]),
+        )
+        found = await asyncio.to_thread(checks_engine.memory, given)
+    assert (found.status, "is running" in found.message) == ("ok", True)
+    assert (await asyncio.to_thread(checks_engine.memory, given)).status == "fail"
+
+
 @pytest.mark.parametrize(
     ("build", "gpus", "status"),
     [
@@ -193,6 +213,37 @@ def test_a_library_that_the_cpu_build_links_to_must_be_there(
     found = checks_engine.gpu(settings(tmp_path))
     assert found.status == "fail"
     assert "libnuma1" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("compiler", "status", "said"),
+    [
+        (None, "fail", "no C compiler"),
+        ("echo 'fatal error: Python.h: No such file' >&2; exit 1", "fail", "Python.h"),
+        ("echo 'fatal error: stdlib.h: No such file' >&2; exit 1", "fail", "C library"),
+        ("grep -q Python.h", "ok", "Python.h"),
+    ],
+)
+def test_triton_needs_a_compiler_with_headers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiler: str | None,
+    status: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(checks_engine, "_build", lambda: "cuda")
+    monkeypatch.setattr(checks_engine, "gpus_here", lambda: [Gpu("L4", "580.1", 13, 1)])
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: str(tmp_path / name) if compiler else None)
+    (tmp_path / "gcc").write_text(f"#!/bin/sh\n{compiler}\n")
+    (tmp_path / "gcc").chmod(0o755)
+    found = checks_engine.compiler(settings(tmp_path))
+    assert found.status == status
+    assert said in found.message
+    assert bool(found.fix) is (status == "fail")
+    assert "-dev" in found.fix or status == "ok"
+    monkeypatch.setattr(checks_engine, "gpus_here", list)
+    assert checks_engine.compiler(settings(tmp_path)).status == "skip"
 
 
 def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from r3mes_vllm.errors import ConfigError
-from r3mes_vllm.node.guard import Guard, refuse_open_door
+from r3mes_vllm.node.guard import Guard, needs_key, refuse_open_door
 from r3mes_vllm.settings import Settings, load
 
 CLIENT, ADMIN = "client-key", "admin-key"
@@ -70,6 +70,20 @@ async def test_each_key_opens_what_it_is_for(
 async def test_an_admin_key_alone_closes_everything_else_too() -> None:
     found = await statuses(load({"admin_key": ADMIN}), {})
     assert found["/chat"] == found["/adapters"] == 401
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"api_keys": [CLIENT]},
+        {"admin_key": ADMIN},
+        {**KEYS, "open_chat": True},
+    ],
+)
+async def test_it_is_known_whether_the_existing_backend_can_chat(given: dict[str, object]) -> None:
+    settings = load(given)
+    assert needs_key(settings) is ((await statuses(settings, {}))["/chat"] == 401)
 
 
 async def test_doors_can_be_opened_one_by_one() -> None:

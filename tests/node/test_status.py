@@ -70,6 +70,15 @@ CASES: list[tuple[Reading, str]] = [
         Reading("u", node=document(public_url="http://node.example:8081"), listed=LISTED),
         "pass --port 8080",
     ),
+    (
+        Reading("u", node=document(chat_needs_key=True), listed={"wallet_address": "remes1"}),
+        "pass --open-chat",
+    ),
+    (
+        Reading("u", node=document(chat_needs_key=False), listed={"wallet_address": "remes1"}),
+        "nobody has asked",
+    ),
+    (Reading("u", node=document(chat_needs_key=True), listed=LISTED), "nobody has asked"),
     (Reading("u", node=document(), listed=LISTED), "nobody has asked for its adapters yet"),
     (
         Reading("u", node=document(requests={"legal": {"last_s_ago": 7.0}}), listed=LISTED),

@@ -94,12 +94,21 @@ def test_a_nodes_settings_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     given = settings_of(node["environment"], monkeypatch)
     assert given.backend == "http://backend:8000"
     assert given.loras == ["legal", "medical"]
-    assert not given.model
+    assert (given.model, given.max_loras, given.max_lora_rank, given.vllm) == (None, None, None, {})
     refuse_open_door(given)
     assert given.api_keys == [SECRETS["R3MES_API_KEYS"]]
     # Without the line that lets it speak plain HTTP, it would not run without keys either.
     with pytest.raises(ConfigError, match="without an API key"):
         refuse_open_door(given.model_copy(update={"api_keys": [], "insecure": False}))
+
+
+def test_a_nodes_engine_is_set_in_the_file_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = dict(re.findall(r"^#(R3MES_[A-Z_]+)=(.+)$", EXAMPLE, re.MULTILINE))
+    offered["R3MES_VLLM"] = offered["R3MES_VLLM"].strip("'")
+    node = interpolated(yaml.safe_load(TEXT), SECRETS | offered)["services"]["node-gpu"]
+    given = settings_of(node["environment"], monkeypatch)
+    assert (given.max_loras, given.max_lora_rank) == (8, 32)
+    assert given.vllm_arguments == ["--max-model-len=8192", "--gpu-memory-utilization=0.92"]
 
 
 def test_the_backends_command_runs_on_the_database_that_it_is_given(

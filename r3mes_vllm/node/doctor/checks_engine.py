@@ -2,7 +2,11 @@
 
 import ctypes
 import os
+import shlex
+import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,6 +16,7 @@ import psutil
 
 from r3mes_vllm.engine.base_model import CONVERTED_BYTES, find
 from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.node.doctor.checks_local import is_ours
 from r3mes_vllm.node.doctor.findings import Finding
 from r3mes_vllm.settings import Settings, parse_bytes
 
@@ -21,6 +26,8 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
 _ASKING_S = 5.0
 _NUMA = "libnuma.so.1"
+_PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+_COMPILER = f"sudo apt-get install -y gcc libc6-dev {_PYTHON}-dev"
 
 
 async def model(settings: Settings) -> Finding:
@@ -68,15 +75,22 @@ def memory(settings: Settings) -> Finding:
         if weights > free:
             fix = "nvidia-smi  # what else runs there; or a smaller --model"
             said = f"{weights / _GIB:.1f} GiB of weights, {free / _GIB:.1f} free on the GPU"
-            return Finding("fail", said, fix)
+            return _too_little(settings, said, fix)
         return Finding("ok", f"{free / _GIB:.1f} GiB of GPU free, {weights / _GIB:.1f} for weights")
     kv_cache = parse_bytes(f"{os.environ.get('VLLM_CPU_KVCACHE_SPACE', '4')}G")
     needed, free = weights + kv_cache, psutil.virtual_memory().available
     said = f"{free / _GIB:.1f} GiB free, {needed / _GIB:.1f} for weights and KV cache"
     if needed > free:
         fix = "export VLLM_CPU_KVCACHE_SPACE=1  # GiB; or a smaller --model"
-        return Finding("fail", said, fix)
+        return _too_little(settings, said, fix)
     return Finding("ok", said)
+
+
+def _too_little(settings: Settings, said: str, fix: str) -> Finding:
+    """Unless it is the node itself that holds it."""
+    if is_ours(settings):
+        return Finding("ok", f"this node is running; beside it {said}")
+    return Finding("fail", said, fix)
 
 
 def gpu(settings: Settings) -> Finding:
@@ -88,7 +102,7 @@ def gpu(settings: Settings) -> Finding:
     if build == "cpu":
         if gpus:
             said = f"the CPU build is installed, and there is {gpus[0].name}"
-            return Finding("warn", said, "rm -r .venv && make setup")
+            return Finding("warn", said, "make setup")
         try:
             ctypes.CDLL(_NUMA)
         except OSError:
@@ -103,6 +117,31 @@ def gpu(settings: Settings) -> Finding:
         said = f"driver {gpus[0].driver} is for CUDA {offered}, the build for {wanted}"
         return Finding("fail", said, "sudo apt-get install --only-upgrade nvidia-driver")
     return Finding("ok", f"{', '.join(it.name for it in gpus)}, driver {gpus[0].driver}")
+
+
+def compiler(settings: Settings) -> Finding:
+    """On a GPU Triton compiles C for this Python while the engine starts. It takes `CC`, then gcc,
+    then clang, as its `runtime/build.py` has it."""
+    if _build() != "cuda" or not gpus_here():
+        return Finding("skip", "nothing is compiled without a GPU")
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not found:
+        return Finding("fail", "there is no C compiler, and Triton calls one", _COMPILER)
+    headers = sysconfig.get_path("include")
+    try:
+        done = subprocess.run(  # noqa: S603
+            [*shlex.split(found), f"-I{headers}", "-fsyntax-only", "-x", "c", "-"],
+            input="#include <stdlib.h>\n#include <Python.h>\n",
+            capture_output=True,
+            text=True,
+            timeout=_ASKING_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("fail", f"{found} does not run: {error}", _COMPILER)
+    if done.returncode:
+        lacking = "Python.h" if "Python.h" in done.stderr else "the C library's headers"
+        return Finding("fail", f"{found} finds not {lacking}, which Triton needs", _COMPILER)
+    return Finding("ok", f"{found}, with Python.h in {headers}")
 
 
 @dataclass(frozen=True)

@@ -85,15 +85,15 @@ def port_free(settings: Settings) -> Finding:
         try:
             door.bind((host, port))
         except OSError as error:
-            if _is_ours(settings):
+            if is_ours(settings):
                 return Finding("ok", f"this node is running on {host}:{port}")
             fix = f"r3mes-vllm serve --port {port + 1 if port < 65535 else 8080}"
             return Finding("fail", f"can't listen on {host}:{port}: {error.strerror}", fix)
     return Finding("ok", f"{host}:{port} is free")
 
 
-def _is_ours(settings: Settings) -> bool:
-    """Whether a node answers there."""
+def is_ours(settings: Settings) -> bool:
+    """Whether a node answers at its place on this machine."""
     try:
         answer = httpx.get(
             f"{settings.local_url}/health",

@@ -1,0 +1,58 @@
+"""What is set for vLLM before it is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from r3mes_vllm.engine import environment
+
+SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """The environment, with neither the interpreter's folder nor CUDA in it."""
+    found = {"PATH": f"{tmp_path}/bin", "CUDA_HOME": f"{tmp_path}/cuda"}
+    monkeypatch.setattr(os, "environ", found)
+    return found
+
+
+def prepare() -> None:
+    environment.prepare(local_model=False, verbose=True)
+
+
+def nvcc(folder: Path) -> None:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "nvcc").touch(mode=0o755)
+
+
+def test_the_programs_of_this_environment_are_found(prepared: dict[str, str]) -> None:
+    before = prepared["PATH"]
+    prepare()
+    prepare()
+    assert prepared["PATH"] == f"{Path(sys.executable).parent}{os.pathsep}{before}"
+
+
+def test_without_nvcc_nothing_is_left_to_be_compiled_by_it(prepared: dict[str, str]) -> None:
+    prepare()
+    assert prepared[SAMPLER] == "0"
+
+
+def test_an_operator_who_wants_it_keeps_it(prepared: dict[str, str]) -> None:
+    prepared[SAMPLER] = "1"
+    prepare()
+    assert prepared[SAMPLER] == "1"
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH", None])
+def test_with_nvcc_vllm_decides(
+    prepared: dict[str, str], tmp_path: Path, variable: str | None
+) -> None:
+    del prepared["CUDA_HOME"]
+    if variable:
+        prepared[variable] = f"{tmp_path}/toolkit"
+    nvcc(tmp_path / "toolkit" if variable else tmp_path)
+    prepare()
+    assert SAMPLER not in prepared
