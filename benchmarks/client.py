@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,12 +42,15 @@ class Asked:
 
 
 def session() -> aiohttp.ClientSession:
+    """With as many connections as it takes."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     limits = aiohttp.ClientTimeout(total=None, sock_read=600)
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits)
 
 
 async def ask(http: aiohttp.ClientSession, url: str, asked: Asked) -> Answer:
-    """Never raises for what the server answers; one that ends without a reason is an error."""
+    """Never raises for what the server answers; fewer tokens than asked for are an error."""
     rng = np.random.default_rng(asked.seed)
     body = {
         "model": asked.model,
@@ -63,7 +67,7 @@ async def ask(http: aiohttp.ClientSession, url: str, asked: Asked) -> Answer:
             if response.status != 200:
                 answer.error = f"{response.status}: {(await response.text())[:300]}"
                 return answer
-            ended = False
+            reason = ""
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     piece = json.loads(line[6:])
@@ -71,11 +75,11 @@ async def ask(http: aiohttp.ClientSession, url: str, asked: Asked) -> Answer:
                         answer.error = line.decode(errors="replace")[:300]
                     for choice in piece.get("choices", ()):
                         answer.times.append(time.perf_counter())
-                        ended = ended or bool(choice["finish_reason"])
+                        reason = choice["finish_reason"] or reason
                     if usage := piece.get("usage"):
                         answer.tokens = usage["completion_tokens"]
-            if not answer.error and not (ended and answer.tokens):
-                answer.error = f"it ended after {len(answer.times)} pieces, without a reason"
+            if not answer.error and (reason, answer.tokens) != ("length", asked.answer):
+                answer.error = f"it ended by {reason or 'nothing'} after {answer.tokens} tokens"
     except (aiohttp.ClientError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     return answer

@@ -59,7 +59,7 @@ def run(plan: Plan, record: Record) -> None:
     )
     for source in filter(plan.wants, SOURCES):
         if source == "daemon" and not shutil.which("npm"):
-            record.note("daemon: left out, js-ipfs wants Node.js and npm")
+            record.leave_out("daemon", "js-ipfs wants Node.js and npm")
         else:
             with tempfile.TemporaryDirectory() as name:
                 _Cold(plan, record, shape, rank, source, Path(name)).run()
@@ -101,21 +101,33 @@ class _Cold:
             node = until_end.enter_context(servers.node(*options, loras={"small": small}))
             servers.ready()
             all_took: dict[str, list[float]] = {"ours": [], "stock": []}
-            for turn in range(plan.rounds + 1):
-                made = [self._another(publish) for _ in range(plan.pick(EACH, 2) if turn else 2)]
-                found = asyncio.run(self._round(turn, node.url, stock.url, made))
-                if turn:  # the first warms up
-                    hashing = [hashed(path / "adapter_model.safetensors") for _, path in made]
-                    self._note(found["ours"], found["stock"], sum(hashing) / len(hashing))
-                    for side, of_side in all_took.items():
-                        of_side += found[side]["took"]
-                for _, path in made:
-                    shutil.rmtree(path)
+            try:
+                for turn in range(plan.rounds + 1):
+                    self._turn(turn, node.url, stock.url, publish, all_took)
+            finally:
+                for side, took in all_took.items():
+                    if took:
+                        parts = [f"{it} {told(at(took, part))} s" for it, part in QUANTILES.items()]
+                        record_of = f"{self.source}, {side}, all {len(took)} cold starts"
+                        self.record.note(f"{record_of}: {', '.join(parts)}")
+
+    def _turn(
+        self,
+        turn: int,
+        node: str,
+        stock: str,
+        publish: Callable[[Path], str],
+        all_took: dict[str, list[float]],
+    ) -> None:
+        made = [self._another(publish) for _ in range(self.plan.pick(EACH, 2) if turn else 2)]
+        found = asyncio.run(self._round(turn, node, stock, made))
+        if turn:  # the first warms up
+            hashing = [hashed(path / "adapter_model.safetensors") for _, path in made]
+            self._note(found["ours"], found["stock"], sum(hashing) / len(hashing))
             for side, took in all_took.items():
-                told_of = ", ".join(
-                    f"{it} {told(at(took, part))} s" for it, part in QUANTILES.items()
-                )
-                self.record.note(f"{self.source}, {side}, all {len(took)} cold starts: {told_of}")
+                took += found[side]["took"]
+        for _, path in made:
+            shutil.rmtree(path)
 
     def _another(self, publish: Callable[[Path], str]) -> tuple[str, Path]:
         """A new adapter: its CID and its folder."""
@@ -151,6 +163,9 @@ class _Cold:
                             warm.append(await _first(http, url, f"ipfs://{cid}"))
                         else:
                             took.append(await self._stock(http, url, path))
+                for it in running:
+                    if it.error:
+                        raise RuntimeError(f"a stream beside it failed: {it.error}")
                 after = await _phases(http, url) if side == "ours" else {}
                 gaps = [1000 * gap for it in running for gap in it.gaps]
                 found[side] = {
@@ -173,6 +188,7 @@ class _Cold:
             answer.raise_for_status()
         copying = time.perf_counter() - began
         first = await _first(http, url, path.name)
+        await _first(http, url, path.name)  # as ours is asked, beside the other streams
         async with http.post(f"{url}/v1/unload_lora_adapter", json=body) as answer:
             answer.raise_for_status()
         if copied != path:

@@ -47,6 +47,7 @@ def run(plan: Plan, record: Record) -> None:
         dtype=plan.dtype,
         slots=grid.slots,
         modules="q, k, v, o",
+        take_adapters="q, k, v, o" if shape.dummy else "all linear",
         prompt_tokens=PROMPT,
         answer_tokens=grid.answer,
     )

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import psutil
 
-from benchmarks.results import ONLY, Figure, Machine, Pair, Run, Target, shortened, told
+from benchmarks.results import LEFT_OUT, ONLY, Figure, Machine, Pair, Run, Target, shortened, told
 from benchmarks.side_by_side import processor
 from benchmarks.suites import Suite
 
@@ -81,6 +81,12 @@ class Record:
         if text not in self.notes:
             self.notes.append(text)
             self._say(f"[{self._suite}] {text}")
+
+    def leave_out(self, case: str, why: str) -> None:
+        """What can't be measured here: the run is not a whole one."""
+        self.note(f"{case}: left out, {why}")
+        before = self.settings.get(LEFT_OUT)
+        self.settings[LEFT_OUT] = f"{before}, {case}" if before else case
 
     def say(self, text: str) -> None:
         self._say(f"[{self._suite}] {text}")

@@ -23,8 +23,8 @@ _HEAD = """# Results
 
 Made of the JSON files in this folder by `python -m benchmarks.report`; nothing is written by hand.
 Each figure is of two sides measured in turn in one run on one machine; the ratio is ours to the
-peer's of the same pair. Given is the median (least to most). Of runs of one suite, model and
-machine the newest whole one is shown. How to run them: [../README.md](../README.md).
+peer's of the same pair. Given is the median (least to most). Of runs of one suite, model,
+machine and dtype the newest whole one is shown. How to run them: [../README.md](../README.md).
 """
 
 
@@ -56,9 +56,9 @@ def read(folder: Path) -> list[Run]:
 
 
 def shown(runs: Sequence[Run]) -> list[Run]:
-    """The newest whole run of each suite, model and machine, in the order of the suites; where
-    none is whole the newest that is not."""
-    newest: dict[tuple[str, str, str], Run] = {}
+    """The newest whole run of each group, in the order of the suites; where none is whole the
+    newest that is not."""
+    newest: dict[tuple[str, ...], Run] = {}
     for run in sorted(runs, key=lambda it: (not it.quick, it.whole, it.started)):
         newest[run.group] = run
     order = {name: number for number, name in enumerate(SUITES)}

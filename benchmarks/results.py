@@ -16,8 +16,8 @@ SCHEMA = 1
 LEAST_PAIRS = 5
 """Fewer say nothing about the spread."""
 RESULTS = Path(__file__).parent / "results"
-ONLY = "only"
-"""The setting that says which cases were measured; absent where all were."""
+ONLY, LEFT_OUT = "only", "left_out"
+"""Settings that say which cases were measured, and which were not; absent where all were."""
 _DIGITS = 6
 
 
@@ -178,12 +178,12 @@ class Run(_Frozen):
     @property
     def whole(self) -> bool:
         """All cases, to the end."""
-        return self.ended == "complete" and ONLY not in self.settings
+        return self.ended == "complete" and {ONLY, LEFT_OUT}.isdisjoint(self.settings)
 
     @property
-    def group(self) -> tuple[str, str, str]:
+    def group(self) -> tuple[str, str, str, str]:
         """Of runs with the same one only the newest is shown, a whole one if there is any."""
-        return self.suite, self.model, self.machine.slug
+        return self.suite, self.model, self.machine.slug, str(self.settings.get("dtype", ""))
 
     def text(self) -> str:
         return self.model_dump_json(indent=1) + "\n"

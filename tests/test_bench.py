@@ -214,6 +214,10 @@ def test_a_run_of_some_cases_says_so_and_hides_no_whole_one(suite: types.ModuleT
     late = part.model_copy(update={"started": part.started.replace(year=9000)})
     assert report.shown([whole, late]) == [whole]
     assert report.shown([late]) == [late]
+    less = whole.model_copy(
+        update={"started": whole.started.replace(year=9000), "settings": {"left_out": "daemon"}}
+    )
+    assert report.shown([whole, less])[0] == whole
     block = "<!-- results: made-up -->\n<!-- end -->\n"
     assert "9000" not in report.explained(block, [whole, late])
     assert "**only 1 adapters**" in report.explained(block, [late])
@@ -235,10 +239,12 @@ USAGE = 'data: {"choices": [], "usage": {"completion_tokens": 7}}\n\n'
     ("sent", "error", "tokens"),
     [
         (PIECE + LAST + USAGE + "data: [DONE]\n\n", "", 7),
-        (PIECE + PIECE, "it ended after 2 pieces", 0),
+        (PIECE + PIECE, "it ended by nothing after 0 tokens", 0),
+        (PIECE + LAST.replace("length", "abort") + USAGE, "it ended by abort after 7", 7),
+        (PIECE + LAST + USAGE.replace("7", "6"), "it ended by length after 6", 6),
         (PIECE + 'data: {"error": {"message": "the node died"}}\n\n', "the node died", 0),
         (PIECE + "data: {broken\n\n", "JSONDecodeError", 0),
-        ("data: [DONE]\n\n", "it ended after 0 pieces", 0),
+        ("data: [DONE]\n\n", "it ended by nothing", 0),
     ],
 )
 async def test_an_answer_is_whole_or_an_error(sent: str, error: str, tokens: int) -> None:

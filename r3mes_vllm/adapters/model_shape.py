@@ -9,7 +9,8 @@ _PACKED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-"""In which module of vLLM's each is, which takes adapters for all of its parts, or for none."""
+"""In which module of vLLM's each is, which takes adapters for all of its parts, or for none; of
+the architectures above."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ModelShape:
         if self.targets is None:
             return True
         path, _, last = module.rpartition(".")
+        if self.modules is None:
+            return not self.targets.isdisjoint({last, module})
         parent = _PACKED.get(last, last)
         names = {parent, f"{path}.{parent}", *(it for it in _PACKED if _PACKED[it] == parent)}
         return not self.targets.isdisjoint(names)

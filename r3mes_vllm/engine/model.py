@@ -1,5 +1,6 @@
 """What the base model is: where it lies, under which name it is served, which modules it has."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,14 @@ def shape_of(model: str, name: str, targets: Sequence[str] | None = None) -> Mod
             f"--model {model}: its config.json is not that of a model: {error!r}",
             hint="give the directory that the model was published as",
         ) from error
+
+
+def targets_of(options: Sequence[str]) -> list[str] | None:
+    """What vLLM's `options` say of modules that take adapters; None where they say nothing."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--lora-target-modules", "--lora_target_modules", nargs="*")
+    given, _ = parser.parse_known_args(list(options))
+    return given.lora_target_modules or None
 
 
 def _config(model: str) -> dict[str, Any]:

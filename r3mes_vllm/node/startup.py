@@ -8,7 +8,7 @@ from r3mes_vllm import report, state_dir
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import LARGEST_RANK
 from r3mes_vllm.engine import environment, weights
-from r3mes_vllm.engine.model import served_name, shape_of
+from r3mes_vllm.engine.model import served_name, shape_of, targets_of
 from r3mes_vllm.errors import AdapterError, EngineError
 from r3mes_vllm.identity import Identity
 from r3mes_vllm.node import restart, tls
@@ -62,7 +62,7 @@ def _serve(settings: Settings, passed_on: Sequence[str], early: Early, *, verbos
 
         launch.check(model, settings.vllm, settings.vllm_arguments)
     name = served_name(model)
-    base = shape_of(model, name)
+    base = shape_of(model, name, targets_of([*settings.vllm_arguments, *passed_on]))
     report.done("base model", name)
 
     report.begin("adapters")

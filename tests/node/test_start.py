@@ -10,7 +10,7 @@ from vllm.plugins import load_endpoint_plugins
 
 from r3mes_vllm.adapters.supply import Obtained, Supply
 from r3mes_vllm.engine import launch
-from r3mes_vllm.engine.model import shape_of
+from r3mes_vllm.engine.model import shape_of, targets_of
 from r3mes_vllm.errors import AdapterRefused, ConfigError
 from r3mes_vllm.ipfs.cid import CID, RAW
 from r3mes_vllm.ipfs.path import IpfsPath
@@ -70,11 +70,20 @@ def test_the_guard_stands_before_every_kind_of_model(
     assert [type(it) for it in load_endpoint_plugins(tasks)] == [NodeEndpoints]
 
 
-@pytest.mark.parametrize("options", [[], ["--lora-target-modules", "q_proj", "o_proj"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--lora-target-modules", "q_proj", "o_proj", "--dtype", "float32"],
+        ["--seed=1", "--lora_target_modules", "o_proj", "v_proj"],
+        load({"vllm": {"lora_target_modules": ["q_proj", "o_proj"]}}).vllm_arguments,
+    ],
+)
 def test_the_base_model_takes_adapters_where_vllm_was_told(
     tiny_model: Path, options: list[str]
 ) -> None:
     args = launch._parser().parse_args(["--model", str(tiny_model), *options])
+    assert targets_of(options) == args.lora_target_modules  # which is known before vLLM is there
     shape = shape_of(args.model, "tiny", args.lora_target_modules)
     assert shape.modules
     for module in shape.modules:

@@ -9,7 +9,7 @@ from r3mes_vllm.adapters.catalog import Catalog, Wanted
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.store import Store
 from r3mes_vllm.adapters.vetting import LARGEST_RANK
-from r3mes_vllm.engine.model import served_name, shape_of
+from r3mes_vllm.engine.model import served_name, shape_of, targets_of
 from r3mes_vllm.errors import BackendError, ConfigError, IpfsError, R3mesError, UnknownAdapter
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.http import exchange
@@ -93,7 +93,10 @@ async def retrievable(settings: Settings) -> Finding:
 async def load(settings: Settings) -> Finding:
     """What vetting refuses is never loaded."""
     folder = model_folder(settings)
-    base = shape_of(str(folder), served_name(settings.model or str(folder))) if folder else None
+    base = None
+    if folder:
+        name = served_name(settings.model or str(folder))
+        base = shape_of(str(folder), name, targets_of(settings.vllm_arguments))
     return await asyncio.to_thread(_vetted, settings, await _wanted(settings), base)
 
 
