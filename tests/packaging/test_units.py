@@ -47,6 +47,7 @@ def test_a_unit_hardens_and_drains(unit: Path, monkeypatch: pytest.MonkeyPatch) 
     assert float(last["TimeoutStopSec"]) > given.drain_timeout
     assert last["Restart"] == "on-failure"
     assert last["RestartPreventExitStatus"] == "2"
+    assert last["StartLimitIntervalSec"] == "0", "a database that is away for a minute would end it"
     assert given.state_dir == Path("/var/lib") / last["StateDirectory"]
     writable = (f"/var/lib/{last['StateDirectory']}", f"/var/cache/{last['CacheDirectory']}")
     assert all(
