@@ -8,6 +8,7 @@ requests of each as one batch. Requests are dealt to the adapters in turn; there
 adapters than requests.
 """
 
+import itertools
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,16 +28,25 @@ ONE_BY_ONE = ("PEFT", "llama.cpp")
 class Grid:
     adapters: tuple[int, ...]
     at_once: tuple[int, ...]
-    slots: int
+    slots: tuple[int, ...]
+    """Of engines, each for as many adapters as it has room for: a GPU's kernels start blocks for
+    every slot. The last one for more, too."""
     ranks: tuple[int, ...]
     answer: int
     one_by_one: tuple[tuple[int, int], ...]
     """Adapters and requests at once, where those with one adapter at a time are asked."""
 
 
-QUICK = Grid((1, 4), (4,), 4, (8,), 8, ((4, 4),))
-CPU = Grid((1, 2, 4, 8, 16, 64), (1, 4, 16, 64), 32, (8,), 48, ((1, 16), (8, 16), (64, 64)))
-GPU = Grid((1, 2, 4, 8, 16, 64), (1, 4, 16, 64), 32, (8, 16, 64), 128, ((1, 16), (8, 16), (64, 64)))
+QUICK = Grid((1, 4), (4,), (2, 4), (8,), 8, ((4, 4),))
+CPU = Grid((1, 2, 4, 8, 16, 64), (1, 4, 16, 64), (32,), (8,), 48, ((1, 16), (8, 16), (64, 64)))
+GPU = Grid(
+    (1, 2, 4, 8, 16, 64),
+    (1, 4, 16, 64),
+    (8, 32),
+    (8, 16, 64),
+    128,
+    ((1, 16), (8, 16), (64, 64)),
+)
 
 
 def run(plan: Plan, record: Record) -> None:
@@ -45,18 +55,19 @@ def run(plan: Plan, record: Record) -> None:
     record.describe(
         cpu_lora.SAMPLER,
         dtype=plan.dtype,
-        slots=grid.slots,
+        slots=", ".join(map(str, grid.slots)),
         modules="q, k, v, o",
         take_adapters="q, k, v, o" if shape.dummy else "all linear",
         prompt_tokens=PROMPT,
         answer_tokens=grid.answer,
     )
-    for rank in grid.ranks:
+    for rank, slots in itertools.product(grid.ranks, grid.slots):
         cells = [
             (adapters, at_once)
             for at_once in grid.at_once
             for adapters in grid.adapters
             if adapters <= at_once
+            and slots == next((it for it in grid.slots if adapters <= it), grid.slots[-1])
             and plan.wants(f"{adapters} adapters, {at_once} at once, rank {rank}")
         ]
         if not cells:
@@ -66,8 +77,8 @@ def run(plan: Plan, record: Record) -> None:
             most = max(adapters for adapters, _ in cells)
             folders = cpu_lora.adapters(folder / "adapters", shape, [rank] * most, plan.seed)
             flags: dict[str, object] = {
-                "max_loras": grid.slots,
-                "max_cpu_loras": max(most, grid.slots),
+                "max_loras": slots,
+                "max_cpu_loras": max(most, slots),
                 "max_lora_rank": rank,
                 "max_num_seqs": max(grid.at_once),
             }
