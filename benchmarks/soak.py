@@ -3,9 +3,10 @@
     r3mes-vllm bench soak [--seconds 3600] [--rounds 5]
 
 One node: streams of the base model and of an adapter that stays, while others are put under a name,
-asked for, replaced by another version and taken away. The first sixth of the time warms up; each of
-the equal parts after it is a pair with the first of them. What memory grows by in an hour is the
-slope of a line through all that was seen after the warm-up.
+asked for, replaced by another version and taken away. The first sixth of the time warms up, after a
+prompt of each length that makes a batch size of this traffic, for each of which the engine compiles
+products and keeps them; each of the equal parts after it is a pair with the first of them. What
+memory grows by in an hour is the slope of a line through all that was seen after the warm-up.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ from tests.in_store import put_in_store
 
 ADAPTERS, STREAMS = 6, 4
 LOOK_S = 30.0
+SIZES = 128
+"""Tokens: four prompts of 16, two messages, and a token of each that is answered."""
 
 
 @dataclass
@@ -90,6 +93,9 @@ async def _measured(
 ) -> None:
     part_s = for_s * 5 / 6 / (plan.rounds + 1)
     async with session() as http:
+        for length in range(1, plan.pick(SIZES, 4)):
+            for model in models:
+                await ask(http, url, Asked(model, length, 2, length))
         before = await _part(http, url, tree, models, cids, for_s / 6)
         record.note(f"warm-up: {before.cycles} cycles, {before.mib:.0f} MiB")
         first: Part | None = None

@@ -15,6 +15,9 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
         # Seconds, longer than clients keep an idle connection (httpx 5): who closes last breaks no
         # request.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
+        # Compiled products, each of one batch size, of 270 KB and more and made in a millisecond:
+        # with oneDNN's own 1,024 a CPU engine grows by hundreds of MB as it meets batch sizes.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
     }
     if not verbose:
         # vLLM and torch warn of a dozen things at each start that an operator can't change.

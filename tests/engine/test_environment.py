@@ -1,6 +1,7 @@
 """What is set for vLLM before it is imported."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +27,35 @@ def prepare() -> None:
 def nvcc(folder: Path) -> None:
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "nvcc").touch(mode=0o755)
+
+
+GROWS = """
+import ctypes, torch
+class Found(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Found
+used = lambda: libc.mallinfo2().h  # bytes
+weights, before = torch.randn(64, 64).bfloat16(), used()
+for rows in range(1, 1001):
+    torch.nn.functional.linear(torch.ones(rows, 64, dtype=torch.bfloat16), weights)
+print(used() - before)
+"""
+
+
+def test_batch_sizes_leave_less_behind(prepared: dict[str, str]) -> None:
+    prepare()
+    found = []
+    for env in (prepared, prepared | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}):
+        done = subprocess.run(
+            [sys.executable, "-c", GROWS], capture_output=True, text=True, env=env
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(int(done.stdout))
+    ours, by_itself = found
+    if by_itself < 50_000_000:
+        pytest.skip("this processor multiplies bf16 without oneDNN")
+    assert ours < 0.75 * by_itself
 
 
 def test_the_programs_of_this_environment_are_found(prepared: dict[str, str]) -> None:
