@@ -15,9 +15,8 @@ from pathlib import Path
 
 from benchmarks.client import Asked, session, streams
 from benchmarks.harness import Plan, Record, alone, in_turn
-from benchmarks.servers import Servers
+from benchmarks.servers import Servers, registered
 from benchmarks.shapes import adapter, shape_of
-from tests.programs import free_port, program, wait_until
 
 STREAMS = (1, 4, 16, 64)
 PROMPT, ANSWER = 32, 48
@@ -45,23 +44,14 @@ def run(plan: Plan, record: Record) -> None:
         shape = shape_of(plan.model, plan.quick)
         legal = adapter(folder / "legal", shape, seed=plan.seed)
         servers = Servers(plan, folder, slots=2, kept=4, rank=8)
-        port = free_port()
-        backend = until_end.enter_context(
-            program(
-                folder / "backend",
-                *("backend", "--port", str(port), "--allow-private-nodes"),
-                *("--database-url", f"sqlite:///{folder / 'backend.sqlite3'}"),
-                url=f"http://127.0.0.1:{port}",
-            )
-        )
-        backend.wait_for("/health", 60)
+        backend = until_end.enter_context(servers.backend())
         loras = {"legal": legal}
         stock = until_end.enter_context(servers.stock(loras=loras))
         node = until_end.enter_context(
             servers.node("--backend-url", backend.url, loras=loras, R3MES_HEARTBEAT_INTERVAL="5")
         )
         servers.ready()
-        wait_until(lambda: "registered with" in node.output(), 60, "the node's registration")
+        registered(node)
         urls = {"vllm serve": stock.url, "node": node.url, "backend": backend.url}
         asyncio.run(_measured(plan, record, urls, servers.name, for_s))
 

@@ -26,10 +26,10 @@ import psutil
 from benchmarks.client import Answer, Asked, ask, at, session, streams
 from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.results import Target
-from benchmarks.servers import Servers
+from benchmarks.servers import Servers, registered
 from benchmarks.shapes import adapter, shape_of
 from benchmarks.side_by_side import on_gpu
-from tests.programs import Program, free_port, program, wait_until
+from tests.programs import Program
 
 SPEEDS = (1, 1, 2, 4)
 SLICE_S = 0.1 / sum(SPEEDS)
@@ -57,17 +57,8 @@ def run(plan: Plan, record: Record) -> None:
     with ExitStack() as until_end:
         folder = Path(until_end.enter_context(tempfile.TemporaryDirectory()))
         legal = adapter(folder / "legal", shape_of(plan.model, plan.quick), seed=plan.seed)
-        port = free_port()
-        backend = until_end.enter_context(
-            program(
-                folder / "backend",
-                *("backend", "--port", str(port), "--allow-private-nodes"),
-                *("--database-url", f"sqlite:///{folder / 'backend.sqlite3'}"),
-                url=f"http://127.0.0.1:{port}",
-            )
-        )
-        backend.wait_for("/health", 60)
         servers = Servers(plan, folder, slots=1, kept=2, rank=8, seats=SEATS)
+        backend = until_end.enter_context(servers.backend())
         nodes = []
         for number in range(len(SPEEDS)):
             node = servers.node(
@@ -80,8 +71,7 @@ def run(plan: Plan, record: Record) -> None:
             nodes.append(until_end.enter_context(node))
             record.say(f"node {number + 1} of {len(SPEEDS)} is there")
         servers.ready()
-        for it in nodes:
-            wait_until(lambda it=it: "registered with" in it.output(), 60, "its registration")  # type: ignore[misc]
+        registered(*nodes)
         with _by_turns(nodes):
             asyncio.run(_measured(plan, record, backend.url, [it.url for it in nodes], for_s))
 

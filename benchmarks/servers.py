@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import Plan
 from benchmarks.shapes import KV_GIB, OF_GPU, made, shape_of
 from benchmarks.side_by_side import on_gpu
-from tests.programs import Program, free_port, program
+from tests.programs import Program, free_port, program, wait_until
 
 STARTS_S = 600
 _GPU_FLAGS = (
@@ -59,6 +60,19 @@ class Servers:
         return it
 
     @contextmanager
+    def backend(self) -> Iterator[Program]:
+        """`r3mes-vllm backend`, which takes nodes of this machine."""
+        port, folder = free_port(), self.folder / "backend"
+        with program(
+            folder,
+            *("backend", "--port", str(port), "--allow-private-nodes"),
+            *("--database-url", f"sqlite:///{folder / 'registry.sqlite3'}"),
+            url=f"http://127.0.0.1:{port}",
+        ) as it:
+            it.wait_for("/health", 60)
+            yield it
+
+    @contextmanager
     def node(
         self, *options: str, loras: Mapping[str, Path], name: str = "node", **env: str
     ) -> Iterator[Program]:
@@ -100,3 +114,13 @@ class Servers:
             },
         ) as it:
             yield self._started(it, "/health")
+
+
+def registered(*nodes: Program) -> None:
+    """Wait until their backend has taken them."""
+    for it in nodes:
+        wait_until(partial(_has_registered, it), 60, "its registration", it.output)
+
+
+def _has_registered(node: Program) -> bool:
+    return "registered with" in node.output()

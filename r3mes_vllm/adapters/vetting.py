@@ -252,11 +252,16 @@ def shapes_fit(it: Candidate) -> None:
             )
 
 
+def _module_of(tensor: str) -> str:
+    return tensor.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
 def modules_are_served(it: Candidate) -> None:
     """Without a word vLLM leaves out the weights of modules that its operator left out."""
-    for name in it.tensors:
-        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
-        if it.base and not it.base.takes(module):
+    if it.base is None:
+        return
+    for module in map(_module_of, it.tensors):
+        if not it.base.takes(module):
             refuse(
                 "modules_are_served",
                 f"{short(module)} takes no adapters on this node",
@@ -271,7 +276,7 @@ def modules_are_targeted(it: Candidate) -> None:
     excluded = set(listed(it.config, "exclude_modules"))
     patterns, layers = listed(it.config, "layers_pattern"), layers_of(it.config)
     for name in it.tensors:
-        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        module = _module_of(name)
         if is_named(module, excluded):
             refuse("modules_are_targeted", f"{module} is one of exclude_modules")
         if targets == "all-linear" or module in named:
