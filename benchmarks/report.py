@@ -24,7 +24,8 @@ _HEAD = """# Results
 Made of the JSON files in this folder by `python -m benchmarks.report`; nothing is written by hand.
 Each figure is of two sides measured in turn in one run on one machine; the ratio is ours to the
 peer's of the same pair. Given is the median (least to most). Of runs of one suite, model,
-machine and dtype the newest whole one is shown. How to run them: [../README.md](../README.md).
+machine and dtype the newest whole one is shown; where there is none, the newest of each part. How
+to run them: [../README.md](../README.md).
 """
 
 
@@ -56,13 +57,24 @@ def read(folder: Path) -> list[Run]:
 
 
 def shown(runs: Sequence[Run]) -> list[Run]:
-    """The newest whole run of each group, in the order of the suites; where none is whole the
-    newest that is not."""
-    newest: dict[tuple[str, ...], Run] = {}
-    for run in sorted(runs, key=lambda it: (not it.quick, it.whole, it.started)):
-        newest[run.group] = run
+    """In the order of the suites: of each group the newest whole run or, where there is none, the
+    newest of each part; a quick one only where no other is."""
+    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.group].append(run)
     order = {name: number for number, name in enumerate(SUITES)}
-    return sorted(newest.values(), key=lambda it: (order.get(it.suite, len(order)), it.group))
+    return sorted(
+        (run for of_group in groups.values() for run in _best(of_group)),
+        key=lambda it: (order.get(it.suite, len(order)), it.group, it.started),
+    )
+
+
+def _best(of_group: Sequence[Run]) -> list[Run]:
+    slow = [it for it in of_group if not it.quick] or of_group
+    newest = sorted(slow, key=lambda it: it.started)
+    if whole := [it for it in newest if it.whole]:
+        return whole[-1:]
+    return [*{it.settings.get(ONLY): it for it in newest}.values()]
 
 
 def page_of(runs: Sequence[Run]) -> str:
@@ -83,17 +95,18 @@ def explained(page: str, runs: Sequence[Run]) -> str:
 
 def _of_suite(suite: str, runs: Sequence[Run]) -> str:
     """The newest run of each model on a GPU, and the newest without: what has a target and, where
-    nothing has one, what its plots say by bars. One that is not whole only where no other is."""
+    nothing has one, what its plots say by bars. Parts of one only where none is whole."""
+    of_suite = [it for it in runs if it.suite == suite and not it.quick]
     newest = {
-        (bool(run.machine.gpu), run.model): run
-        for run in sorted(runs, key=lambda it: (it.whole, it.started))
-        if run.suite == suite and not run.quick
+        (bool(run.machine.gpu), run.model): run.group
+        for run in sorted(of_suite, key=lambda it: (it.whole, it.started))
     }
     if not newest:
         return "\nNot measured yet.\n\n"
     folder = f"../{RESULTS.parent.name}/{RESULTS.name}"
     lines = [""]
-    for _, run in sorted(newest.items(), reverse=True):
+    groups = [group for _, group in sorted(newest.items(), reverse=True)]
+    for run in (it for group in groups for it in shown(of_suite) if it.group == group):
         where = run.machine.gpu or f"{run.machine.cores} cores of {run.machine.processor}"
         dtype = str(run.settings.get("dtype", ""))
         ended = "" if run.ended == "complete" else f"**not complete: {run.ended}**"
@@ -162,7 +175,9 @@ def table(figures: Sequence[Figure]) -> list[str]:
 
 
 def _title(run: Run) -> str:
-    return ", ".join(it for it in (run.model, run.machine.gpu or run.machine.processor) if it)
+    only = f"only {run.settings[ONLY]}" if ONLY in run.settings else ""
+    where = run.machine.gpu or run.machine.processor
+    return ", ".join(it for it in (run.model, where, only) if it)
 
 
 def _origin(run: Run) -> str:

@@ -182,7 +182,7 @@ class Run(_Frozen):
 
     @property
     def group(self) -> tuple[str, str, str, str]:
-        """Of runs with the same one only the newest is shown, a whole one if there is any."""
+        """What runs have alike that `report.shown` chooses from."""
         return self.suite, self.model, self.machine.slug, str(self.settings.get("dtype", ""))
 
     def text(self) -> str:

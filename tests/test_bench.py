@@ -222,6 +222,11 @@ def test_a_run_of_some_cases_says_so_and_hides_no_whole_one(suite: types.ModuleT
     assert "9000" not in report.explained(block, [whole, late])
     assert "**only 1 adapters**" in report.explained(block, [late])
 
+    rest = whole.model_copy(update={"settings": {"only": "2 adapters"}})
+    assert report.shown([late, part, rest]) == [rest, late]
+    both = report.explained(block, [late, part, rest])
+    assert both.count("**only 2 adapters**") == both.count("**only 1 adapters**") == 1
+
 
 @pytest.mark.parametrize(
     ("part", "value"), [(0.5, 5), (0.51, 6), (0.9, 9), (0.95, 10), (0.99, 10), (1.0, 10)]
