@@ -63,6 +63,13 @@ def new_boot(now: float) -> str:
     return f"{int(now * 1000):012x}{secrets.token_hex(10)}"
 
 
+def not_yet(claim: Claim) -> str:
+    """The least boot that no backend has taken by the time of `claim`, unless a clock was set back
+    since. A claim's time may be `TOLERANCE_S` off, and so may that of the one that brought the
+    boot, and the boot from it."""
+    return f"{(claim.time + 3 * TOLERANCE_S) * 1000:012x}"
+
+
 def request_text(claim: Claim, method: str, path: str, body: bytes) -> bytes:
     """What is signed for a request. `path` begins with `/api/`, wherever the backend is mounted."""
     digest = hashlib.sha256(body).hexdigest()

@@ -10,7 +10,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from r3mes_vllm.backend.refusals import BadInput, DatabaseDown, Unauthorized
+from r3mes_vllm.backend.refusals import (
+    BadInput,
+    DatabaseDown,
+    NoRoom,
+    TooLarge,
+    TooSlow,
+    Unauthorized,
+)
 from r3mes_vllm.errors import R3mesError, UnknownAdapter
 from r3mes_vllm.validation import words
 
@@ -61,7 +68,7 @@ def _headers(error: R3mesError) -> dict[str, str]:
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = error.scheme
-    if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+    if isinstance(error, TooLarge | TooSlow | NoRoom):
         headers["Connection"] = "close"  # the rest of the body is not read
     return headers
 

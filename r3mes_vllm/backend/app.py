@@ -18,6 +18,7 @@ from r3mes_vllm.backend import (
     reach,
 )
 from r3mes_vllm.backend.balancer import Balancer
+from r3mes_vllm.backend.bodies import Room
 from r3mes_vllm.backend.choice import policy
 from r3mes_vllm.backend.dial import Dialler, Timeouts
 from r3mes_vllm.backend.elsewhere import root_of
@@ -105,6 +106,7 @@ def create_app(
         openapi_url=None,
         redirect_slashes=False,
     )
+    app.state.room = Room(settings.body_timeout)
     answers.install(app)
     app.add_middleware(Rates, settings=settings.rates, keys=keys)
     app.add_middleware(Measured, metrics=metrics)

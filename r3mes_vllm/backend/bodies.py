@@ -1,12 +1,15 @@
 """Reading a JSON body that may be hostile: bounded, strict, and a 4xx for whatever is wrong."""
 
-from typing import NoReturn, TypeVar
+import asyncio
+from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from r3mes_vllm import strict_json
-from r3mes_vllm.backend.refusals import BadInput, Malformed, TooLarge
+from r3mes_vllm.backend.refusals import BadInput, Malformed, NoRoom, TooLarge, TooSlow
+from r3mes_vllm.bounded_http import swallow
 from r3mes_vllm.strict_json import Json, any_string
 from r3mes_vllm.validation import words
 
@@ -16,22 +19,55 @@ API_BODY_LIMIT = 1 << 20
 INFERENCE_BODY_LIMIT = 8 << 20
 """Bytes of a `/chat` or `/v1` request."""
 
+_SMALL = 64 << 10
+
 WORD_LIMIT = 128
 """Characters of a name, a version and the like."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
+@dataclass
+class Room:
+    """For bodies that are on their way: the first `_SMALL` bytes of each have room, beyond that
+    all share `left`, so that what senders who stop in the middle can fill is bounded."""
+
+    seconds: float = 30.0
+    """In which a body must have come."""
+    left: int = 512 << 20
+    """Bytes."""
+
+
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises TooLarge past `limit` bytes, before reading them if it can."""
+    """The request's body. Raises TooLarge past `limit` bytes, before reading them if it can;
+    TooSlow and NoRoom."""
+    try:
+        return await _read(request, limit, request.app.state.room)
+    except (TooLarge, NoRoom):
+        if "expect" not in request.headers:  # such a client waits to be told whether to send
+            await swallow(request.receive)
+        raise
+
+
+async def _read(request: Request, limit: int, room: Room) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limit:
-        _too_large(limit)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            _too_large(limit)
+        raise _too_large(limit)
+    body, taken = bytearray(), 0
+    try:
+        async with asyncio.timeout(room.seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_large(limit)
+                more = max(len(body) - _SMALL - taken, 0)
+                if more > room.left:
+                    raise NoRoom("too many long requests are on their way", retry_after=1)
+                taken, room.left = taken + more, room.left - more
+    except TimeoutError as error:
+        raise TooSlow(f"the body took over {room.seconds:g} s to come") from error
+    finally:
+        room.left += taken
     return bytes(body)
 
 
@@ -75,5 +111,5 @@ def _has_nul(text: str) -> bool:
     return "\0" in text
 
 
-def _too_large(limit: int) -> NoReturn:
-    raise TooLarge(f"the body has more than {limit} bytes")
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body has more than {limit} bytes")

@@ -8,7 +8,7 @@ from sqlalchemy import and_, or_
 
 from r3mes_vllm.backend.database import NodeRow
 from r3mes_vllm.identity import is_derived
-from r3mes_vllm.signatures import Claim
+from r3mes_vllm.signatures import Claim, not_yet
 
 _NODES: Any = NodeRow.__table__
 
@@ -43,6 +43,7 @@ def is_silent(oldest: datetime) -> Any:
 
 
 def is_later(claim: Claim) -> Any:
-    """Rows that have seen neither this request nor a later one."""
+    """Rows that have seen neither this request nor a later one; also what they have seen by a clock
+    that has been set back since."""
     rises = and_(_NODES.c.boot == claim.boot, _NODES.c.sequence < claim.sequence)
-    return or_(_NODES.c.boot < claim.boot, rises)
+    return or_(_NODES.c.boot < claim.boot, rises, _NODES.c.boot >= not_yet(claim))

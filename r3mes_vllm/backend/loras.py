@@ -17,7 +17,7 @@ from r3mes_vllm.backend.database import LoraRow, LoraVersionRow
 from r3mes_vllm.backend.refusals import Deactivated, Replayed, Unauthorized, WrongKey
 from r3mes_vllm.backend.writing import Change
 from r3mes_vllm.errors import R3mesError, UnknownAdapter
-from r3mes_vllm.signatures import Claim
+from r3mes_vllm.signatures import Claim, not_yet
 
 LORAS: Any = LoraRow.__table__
 VERSIONS: Any = LoraVersionRow.__table__
@@ -99,8 +99,9 @@ def refusal(name: str, row: Mapping[str, Any] | None, author: Author) -> R3mesEr
 
 
 def is_later(row: Mapping[str, Any], claim: Claim) -> bool:
-    """Whether `row` has seen neither this request of its owner nor a later one."""
-    return (claim.boot, claim.sequence) > (row["boot"], row["sequence"])
+    """As `claims.is_later`, of a request of the row's owner."""
+    seen: str = row["boot"]
+    return (claim.boot, claim.sequence) > (seen, row["sequence"]) or seen >= not_yet(claim)
 
 
 def versions_of(ids: Sequence[int], most: int) -> Any:

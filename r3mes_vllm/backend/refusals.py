@@ -3,7 +3,8 @@
 R3mesError
 ├── BadInput            the client's mistake; `field` says where
 │   ├── Malformed       the body is not what its content type promises
-│   └── TooLarge        more bytes than a body may have
+│   ├── TooLarge        more bytes than a body may have
+│   └── TooSlow         a body that takes too long to come
 ├── Unauthorized        no key, or a wrong one
 │   └── BadSignature    no signature, or one that is not of this request and now
 ├── WrongKey            the wallet or the adapter's name belongs to another key
@@ -12,7 +13,8 @@ R3mesError
 ├── UnknownNode         nobody registered that wallet
 ├── RateLimited         more requests than a minute allows
 ├── Unavailable         try again after `retry_after` seconds
-│   └── DatabaseDown
+│   ├── DatabaseDown
+│   └── NoRoom          for a long body, beside others that are on their way
 └── NodeFailed          a node was reached and broke before it answered
     ├── NodeTimedOut
     └── RoutingLoop     the request has been through this backend already
@@ -42,6 +44,11 @@ class Malformed(BadInput):
 class TooLarge(BadInput):
     code = "too_large"
     status = 413
+
+
+class TooSlow(BadInput):
+    code = "too_slow"
+    status = 408
 
 
 class Unauthorized(R3mesError):
@@ -95,6 +102,10 @@ class Unavailable(R3mesError):
 
 class DatabaseDown(Unavailable):
     code = "database_down"
+
+
+class NoRoom(Unavailable):
+    code = "busy"
 
 
 class NodeFailed(R3mesError):

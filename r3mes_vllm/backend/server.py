@@ -10,7 +10,7 @@ import httpx
 import uvicorn
 import uvloop
 
-from r3mes_vllm import discretion
+from r3mes_vllm import bounded_http, discretion
 from r3mes_vllm.backend.app import create_app
 from r3mes_vllm.backend.keys import client_keys
 from r3mes_vllm.backend.registry import Registry
@@ -45,6 +45,7 @@ async def serve(settings: Settings) -> None:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         config = uvicorn.Config(
             app,
+            http=bounded_http.bounded(settings.header_bytes, settings.header_timeout),
             log_level="warning",
             access_log=False,
             server_header=False,

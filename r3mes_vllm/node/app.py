@@ -13,6 +13,7 @@ from starlette.datastructures import State
 
 from r3mes_vllm import __version__, report, settings, state_dir
 from r3mes_vllm.adapters.supply import Supply
+from r3mes_vllm.bounded_http import bounded
 from r3mes_vllm.engine import carrying, ending, watching
 from r3mes_vllm.engine.canary import Canary
 from r3mes_vllm.engine.host import Host
@@ -38,7 +39,6 @@ from r3mes_vllm.node.load import Load
 from r3mes_vllm.node.measures import Measures
 from r3mes_vllm.node.metrics import NodeMetrics
 from r3mes_vllm.node.mistakes import Mistakes
-from r3mes_vllm.node.protocol import bounded
 from r3mes_vllm.node.rates import Rates, charge
 from r3mes_vllm.node.registry import Registry
 from r3mes_vllm.node.signer import Signer

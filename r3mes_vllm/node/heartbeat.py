@@ -94,8 +94,8 @@ class Registration:
                     self._registered = False  # it forgot us: register without waiting
                     continue
                 self._complain(error)
-                if refused and refused.retry_after:
-                    pause = refused.retry_after / (1 - _JITTER)
+                if refused and refused.retry_after:  # who is silent for longer is off the list
+                    pause = min(refused.retry_after / (1 - _JITTER), self._interval)
                 elif refused and refused.answered < 500:
                     pause = self._interval
                 else:  # one lost beat and a wait of as long again would take the node off the list

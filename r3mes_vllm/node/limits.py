@@ -1,19 +1,17 @@
 """How much a request may send, how long it may take to, and how many are at work at a time."""
 
 import asyncio
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from r3mes_vllm.bounded_http import swallow
 from r3mes_vllm.node import bodies
 from r3mes_vllm.node.load import INFERENCE, Load
 from r3mes_vllm.node.refusals import refusal
 from r3mes_vllm.settings import Settings
-
-_DRAIN_S = 2.0
-"""For a client that reads no answer before it has sent all."""
 
 
 class Limits:
@@ -59,7 +57,7 @@ class Limits:
                 body = await bodies.read(receive, self._bytes)
         except OverflowError:
             if "expect" not in headers:  # such a client waits to be told whether to send
-                await _drain(receive)
+                await swallow(receive)
             response = refusal(
                 path, 413, "content_too_large", f"the body is over {self._bytes} bytes"
             )
@@ -73,10 +71,3 @@ class Limits:
             return
         response.headers["connection"] = "close"
         await response(scope, receive, send)
-
-
-async def _drain(receive: Receive) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_DRAIN_S):
-            while (await receive()).get("more_body"):
-                pass

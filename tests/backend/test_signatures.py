@@ -287,10 +287,41 @@ async def test_a_boot_of_the_future_keeps_no_later_one_out(
 ) -> None:
     if not protected:
         switch(monkeypatch, signed, "check_time", None)
+        switch(monkeypatch, claims, "not_yet", "g")
     year = signatures.new_boot(network.clock().timestamp() + 365 * 86_400)
     node = SigningNode(network, boot=year)
     assert code(await node.send("register")) == (BAD if protected else TAKEN)
     assert code(await node.restarted().send("register")) == (TAKEN if protected else REPLAYED)
+
+
+@BOTH
+@pytest.mark.parametrize("hours", [1, 24 * 365])
+async def test_a_clock_that_is_set_back_keeps_no_node_out(
+    network: Network, monkeypatch: pytest.MonkeyPatch, hours: int, protected: bool
+) -> None:
+    if not protected:
+        switch(monkeypatch, claims, "not_yet", "g")
+    before = SigningNode(network)
+    assert code(await before.send("register")) == TAKEN
+    network.clock.forward(-3600 * hours)
+    after = before.restarted()
+    for what in WHATS:
+        assert code(await after.send(what)) == (TAKEN if protected else REPLAYED)
+    again = after.request("register")
+    assert code(await deliver(network, again)) == (TAKEN if protected else REPLAYED)
+    assert code(await deliver(network, again)) == REPLAYED
+
+
+async def test_what_another_clock_may_have_seen_is_not_taken_for_a_clock_set_back(
+    network: Network,
+) -> None:
+    """A backend a minute ahead, and a boot a minute after a request of a minute ago."""
+    ahead = signatures.new_boot(network.clock().timestamp() + 119)
+    later = SigningNode(network, boot=ahead)
+    network.clock.forward(60)
+    assert code(await later.send("register")) == TAKEN
+    network.clock.forward(-60)
+    assert code(await later.restarted().send("register")) == REPLAYED
 
 
 @BOTH

@@ -13,11 +13,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from r3mes_vllm.bounded_http import bounded
 from r3mes_vllm.node.chat import HeldAnswer
 from r3mes_vllm.node.endings import Endings
 from r3mes_vllm.node.limits import Limits
 from r3mes_vllm.node.load import Load
-from r3mes_vllm.node.protocol import bounded
 from r3mes_vllm.settings import load
 from tests.conftest import Network
 from tests.programs import free_port, wait_until_async

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -19,6 +20,7 @@ from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.node.signer import Signer
 from r3mes_vllm.settings import load
+from r3mes_vllm.signatures import from_headers
 from r3mes_vllm.wire import Heartbeat, RegisterNode
 from tests.backend.signing import proves, until
 from tests.backend.stand_ins import StandIn, serving
@@ -29,6 +31,23 @@ async def backend(folder: Path, **settings: Any) -> AsyncIterator[str]:
     given = {"database_url": f"sqlite:///{folder}/b.sqlite3", "allow_private_nodes": True}
     async with serving(create_app(load(given | settings))) as url:
         yield url
+
+
+def test_a_process_begins_anew_where_its_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another boot for each request, until it has one later than all before."""
+    now = 1_800_000_000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    signer, boots = Signer(Identity(Ed25519PrivateKey.generate())), []
+    for step in (0, 1, -30, -4000, 2000, 3000, 10):
+        now += step
+        found = from_headers(signer.headers("POST", "/api/x", b""))
+        assert found
+        boots.append((found[0].boot_time, found[0].sequence))
+    start = 1_800_000_000
+    assert boots == [
+        *((start, 1), (start, 2), (start, 3)),
+        *((start - 4029, 1), (start - 2029, 1), (start + 971, 1), (start + 971, 2)),
+    ]
 
 
 def described(identity: Identity, url: str, key: str) -> RegisterNode:

@@ -172,7 +172,7 @@ PROPERTIES = (
     Property(
         12,
         "slow senders and endless bodies cost nobody else",
-        ("tests/node/test_limits.py", "tests/node/test_early.py", "tests/node/test_protocol.py"),
+        ("tests/node/test_limits.py", "tests/node/test_early.py", "tests/test_bounded_http.py"),
         Switch(
             *("node/limits.py", "async with asyncio.timeout(self._seconds):"),
             "async with asyncio.timeout(None):",

@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from r3mes_vllm.node.protocol import bounded
+from r3mes_vllm.bounded_http import bounded
 from tests.programs import free_port
 
 SECONDS, BYTES = 0.5, 4096

@@ -2,15 +2,18 @@
 any size."""
 
 import asyncio
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 from starlette.responses import JSONResponse
+from starlette.types import Receive
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from r3mes_vllm.request_id import HEADER, RequestIds, tame
 
 _LINGER_S = 1.0
+_SWALLOW_S = 2.0
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -106,6 +109,14 @@ def bounded(head_bytes: int, head_seconds: float) -> type[BoundedProtocol]:
     return type(
         "Bounded", (BoundedProtocol,), {"head_bytes": head_bytes, "head_seconds": head_seconds}
     )
+
+
+async def swallow(receive: Receive) -> None:
+    """What still comes of a body, for a client that reads no answer before it has sent all."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_SWALLOW_S):
+            while (await receive()).get("more_body"):
+                pass
 
 
 def _body(status: HTTPStatus) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Who sends slowly, or stops, costs the others nothing, and the backend no more than it has."""
+
+import asyncio
+import json
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import text
+
+from r3mes_vllm.backend import bodies
+from r3mes_vllm.backend.bodies import Room
+from r3mes_vllm.backend.database import database_url, open_engine
+from tests.backend.stand_ins import PATIENCE_S, Network, unused_port, wallet
+from tests.backend.test_server import program
+
+HEAD = b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+BEAT = {"wallet_address": wallet(1), "status": "active", "current_load": 0}
+
+
+async def begun(url: str, sent: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    where = httpx.URL(url)
+    reader, writer = await asyncio.open_connection(where.host, where.port)
+    writer.write(sent)
+    await writer.drain()
+    return reader, writer
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [(b"", "headers_too_slow"), (HEAD, "headers_too_slow"), (HEAD + b"\r\n{", "too_slow")],
+)
+async def test_a_request_that_does_not_come_is_cut_off_while_others_are_served(
+    tmp_path: Path, sent: bytes, code: str
+) -> None:
+    database = f"sqlite:///{tmp_path}/b.sqlite3"
+    given = {"header_timeout": 0.5, "body_timeout": 0.5, "database_url": database}
+    with program(backend_port=(port := unused_port()), **given) as process:
+        assert process.stdout
+        await asyncio.to_thread(process.stdout.readline)
+        url = f"http://127.0.0.1:{port}"
+        reader, writer = await begun(url, sent)
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+            hearing = asyncio.create_task(reader.read())
+            while not hearing.done():
+                assert (await http.get("/health")).is_success
+                await asyncio.sleep(0.05)
+        said = await asyncio.wait_for(hearing, PATIENCE_S)
+        writer.close()
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == code
+
+
+async def test_a_head_without_an_end_is_refused(tmp_path: Path) -> None:
+    with program(
+        backend_port=(port := unused_port()), database_url=f"sqlite:///{tmp_path}/b.sqlite3"
+    ) as process:
+        assert process.stdout
+        await asyncio.to_thread(process.stdout.readline)
+        reader, writer = await begun(f"http://127.0.0.1:{port}", HEAD)
+        hearing = asyncio.create_task(reader.read())
+        while not hearing.done():
+            writer.write(b"X-More: " + b"x" * 8000 + b"\r\n")
+            await asyncio.sleep(0.01)
+        assert (await hearing).startswith(b"HTTP/1.1 431 ")
+        writer.close()
+
+
+async def test_bodies_that_stop_in_the_middle_fill_no_more_than_their_room(
+    network: Network,
+) -> None:
+    assert network.app
+    room = network.app.state.room = Room(left=3 * bodies._SMALL)
+    half = HEAD + b"\r\n" + b"x" * 2 * bodies._SMALL
+    async with AsyncExitStack() as until_end:
+        for _ in range(3):
+            _, writer = await begun(network.url, half)
+            until_end.callback(writer.close)
+        async with asyncio.timeout(PATIENCE_S):
+            while room.left:
+                await asyncio.sleep(0.01)
+        reader, writer = await begun(network.url, half)
+        until_end.callback(writer.close)
+        refused = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        assert refused.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 1\r\n" in refused.lower()
+        assert b'"busy"' in refused
+        beat = await network.http.post("/api/serving-node/heartbeat", json=BEAT)
+        assert beat.status_code == 404  # read, and understood
+    async with asyncio.timeout(PATIENCE_S):
+        while room.left < 3 * bodies._SMALL:
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_acknowledged_is_on_the_disk(tmp_path: Path) -> None:
+    engine = open_engine(database_url(f"sqlite:///{tmp_path}/b.sqlite3"))
+    async with engine.connect() as connection:
+        found = await connection.execute(text("PRAGMA synchronous"))
+        assert found.scalar_one() == 2  # FULL, https://sqlite.org/pragma.html#pragma_synchronous
+    await engine.dispose()
