@@ -1,6 +1,6 @@
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: demo test lint setup fuzz crash isolation churn conformance chaos power-cut protections bench-supply bench-cpu bench-gpu bench-routing bench-front-door bench-router api-docs
+.PHONY: demo test lint setup fuzz mutations crash isolation churn conformance chaos power-cut protections bench-supply bench-cpu bench-gpu bench-routing bench-front-door bench-router api-docs
 
 demo: setup ## a backend, a node and two questions; ARGS=--once stops after the answers
 	@$(PYTHON_BIN) -m r3mes_vllm demo $(ARGS)
@@ -10,6 +10,9 @@ test: setup lint ## the whole suite; with ARGS pytest alone, which gets them
 
 fuzz: setup ## every parser for SECONDS=3600, keeping what was learnt in fuzz-corpus
 	$(PYTHON_BIN) -m tests.fuzz all --seconds $(or $(SECONDS),3600) --corpus fuzz-corpus
+
+mutations: setup ## COUNT=10000 adapters damaged at random: vetted, and the accepted ones asked beside PEFT
+	$(PYTHON_BIN) -m tests.engine.mutated --count $(or $(COUNT),10000)
 
 crash: setup ## kill KILLS=2000 fetches at random instants, and look at the store after each
 	folder=$$(mktemp -d) && $(PYTHON_BIN) -m tests.adapters.crashing $$folder $(or $(KILLS),2000)

@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,30 +200,48 @@ def generated(count: int) -> Iterator[tuple[str, Config, Tensors]]:
             yield kind, config, tensors
 
 
-def main(model: Path, folder: Path, count: int) -> None:
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_PLUGINS="r3mes",
-        VLLM_LOGGING_LEVEL="ERROR",
-    )
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-    from vllm.platforms import current_platform
+class Engine:
+    """vLLM in this process, with the same model."""
 
-    engine = LLM(
-        str(model),
-        # its kernels for adapters on a GPU know no float32
-        dtype="float32" if current_platform.is_cpu() else "bfloat16",
-        enable_lora=True,
-        max_loras=1,
-        max_lora_rank=MAX_RANK,
-        enforce_eager=True,
-        max_model_len=64,
-        enable_prefix_caching=False,
-    )
-    sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=20)
-    reference = Reference(model)
+    def __init__(self, model: Path) -> None:
+        os.environ.update(
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_CPU_KVCACHE_SPACE="1",
+            VLLM_PLUGINS="r3mes",
+            VLLM_LOGGING_LEVEL="ERROR",
+        )
+        from vllm import LLM, SamplingParams
+        from vllm.platforms import current_platform
+
+        self._llm = LLM(
+            str(model),
+            # its kernels for adapters on a GPU know no float32
+            dtype="float32" if current_platform.is_cpu() else "bfloat16",
+            enable_lora=True,
+            max_loras=1,
+            max_lora_rank=MAX_RANK,
+            enforce_eager=True,
+            max_model_len=64,
+            enable_prefix_caching=False,
+        )
+        self._sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=20)
+
+    def logprobs(self, adapter: Path, number: int) -> Mapping[int, Any]:
+        """Raises whatever the engine refuses it with."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(f"a{number}", number, str(adapter))
+        self._llm.llm_engine.add_lora(request)
+        answer = self._llm.generate(
+            {"prompt_token_ids": PROMPT}, self._sampling, lora_request=request, use_tqdm=False
+        )
+        self._llm.llm_engine.remove_lora(number)
+        found: Mapping[int, Any] = (answer[0].outputs[0].logprobs or [{}])[0]
+        return found
+
+
+def main(model: Path, folder: Path, count: int) -> None:
+    engine, reference = Engine(model), Reference(model)
     base = ModelShape(tiny.NAME, tiny.modules())
     for number, (kind, config, tensors) in enumerate(generated(count), 1):
         directory = folder / str(number)
@@ -237,23 +255,16 @@ def main(model: Path, folder: Path, count: int) -> None:
             told["rule"] = error.rule
         if not kind.startswith(HANGS):
             expected = reference.logprobs(directory)
-            request = LoRARequest(f"a{number}", number, str(directory))
             try:
-                engine.llm_engine.add_lora(request)
-                answer = engine.generate(
-                    {"prompt_token_ids": PROMPT}, sampling, lora_request=request, use_tqdm=False
-                )
+                told["distance"] = distance(engine.logprobs(directory, number), expected)
                 told["taken"] = True
-                found = answer[0].outputs[0].logprobs[0]
-                told["distance"] = _distance(found, expected)
-                engine.llm_engine.remove_lora(number)
             except Exception as error:  # noqa: BLE001 - any refusal of the engine's
                 told["taken"], told["error"] = False, str(error)[:200]
         print(json.dumps(told), flush=True)
         shutil.rmtree(directory)
 
 
-def _distance(found: dict[int, Any], expected: torch.Tensor | None) -> float | None:
+def distance(found: Mapping[int, Any], expected: torch.Tensor | None) -> float | None:
     if expected is None:
         return None
     gaps = [abs(it.logprob - float(expected[token])) for token, it in found.items()]
