@@ -57,9 +57,9 @@ class _Quiet(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serving(app: ASGIApp) -> AsyncIterator[str]:
+async def serving(app: ASGIApp, port: int = 0) -> AsyncIterator[str]:
     """Serve `app` with uvicorn; gives its URL."""
-    (listening,) = listen("127.0.0.1", 0)
+    (listening,) = listen("127.0.0.1", port)
     config = uvicorn.Config(app, log_level="critical", access_log=False)
     server = _Quiet(config)
     task = asyncio.create_task(server.serve(sockets=[listening]))
@@ -207,6 +207,18 @@ class Network:
         body = (await self.http.get("/api/serving-node/list", params=query)).json()
         assert body["count"] == len(body["nodes"])
         return [node["wallet_address"] for node in body["nodes"]]
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[int]:
+    """A port on loopback; raises AssertionError at its end if anybody connected, said he something
+    or not."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+        listening.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            _, where = listening.accept()
+            raise AssertionError(f"{where} connected")
 
 
 def unused_port() -> int:

@@ -16,7 +16,15 @@ from r3mes_vllm.identity import Identity
 from r3mes_vllm.node.doctor import checks_network
 from r3mes_vllm.node.identify import prove
 from tests.backend.conftest import StartBackend
-from tests.backend.stand_ins import Behaviour, Network, StandIn, answers, says_hello, serving
+from tests.backend.stand_ins import (
+    Behaviour,
+    Network,
+    StandIn,
+    answers,
+    says_hello,
+    serving,
+    untouched,
+)
 from tests.doctor.given import settings
 from tests.programs import free_port
 
@@ -88,16 +96,15 @@ async def test_what_answers_there_must_be_this_node(
 
 
 async def test_no_redirect_is_followed(tmp_path: Path, here: Network) -> None:
-    other = StandIn()
+    with untouched() as port:
 
-    async def sends_elsewhere(request: Request) -> Response:
-        return RedirectResponse(elsewhere, 307)
+        async def sends_elsewhere(request: Request) -> Response:
+            return RedirectResponse(f"http://127.0.0.1:{port}", 307)
 
-    async with serving(other) as elsewhere, serving(StandIn(sends_elsewhere)) as url:
-        given = settings(tmp_path, backend_url=here.url, serving_node_url=url)
-        found = await checks_network.public_url(given)
+        async with serving(StandIn(sends_elsewhere)) as url:
+            given = settings(tmp_path, backend_url=here.url, serving_node_url=url)
+            found = await checks_network.public_url(given)
     assert "what answers there is no node" in found.message
-    assert not other.seen
 
 
 async def test_an_existing_backend_cannot_call_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
@@ -18,6 +19,8 @@ from tests.backend.stand_ins import (
     Network,
     StandIn,
     answers,
+    says_hello,
+    serving,
     unused_port,
     wallet,
 )
@@ -184,6 +187,33 @@ async def test_a_node_that_failed_its_dial_is_out_until_its_next_beat(
     network.clock.forward(1)
     await network.register(await start_node(StandIn()), "legal")
     assert (await ask(network, lora_name="legal")).status_code == 200
+
+
+async def test_after_a_partition_all_nodes_get_their_share_at_once(
+    network: Network, open_until_end: AsyncExitStack
+) -> None:
+    async def takes_a_while(request: Request) -> Response:
+        await asyncio.sleep(0.1)
+        return await says_hello(request)
+
+    nodes = [StandIn(takes_a_while) for _ in range(3)]
+    ports = [unused_port() for _ in nodes]
+    for number, port in enumerate(ports, 1):
+        await network.register(f"http://127.0.0.1:{port}", "legal", number=number)
+    for _ in range(TRIES):
+        assert (await ask(network, lora_name="legal")).status_code == 503
+    network.clock.forward(300)
+    assert await network.wallets() == []
+    for number, (node, port) in enumerate(zip(nodes, ports, strict=True), 1):
+        await open_until_end.enter_async_context(serving(node, port))
+        assert (await network.beat(number)).status_code == 200
+    for number in range(TRIES):
+        words = [f"{number} {it}" for it in "abc"]
+        told = await asyncio.gather(
+            *(ask(network, lora_name="legal", message=f"after {it}") for it in words)
+        )
+        assert [it.text for it in told] == ["hello"] * 3
+    assert [len(it.seen) for it in nodes] == [TRIES] * 3
 
 
 async def test_a_node_that_says_not_now_is_passed_over(

@@ -5,7 +5,7 @@
 What vetting refuses must be refused in two seconds and in no other way than AdapterRefused. What
 it accepts is given to the engine, which must take it, give finite numbers, and answer as PEFT does
 with the same files where PEFT takes them. Ends with 1 where one of these does not hold, or where
-less than a tenth was refused or accepted.
+less than a twentieth was refused or accepted.
 """
 
 import argparse
@@ -245,7 +245,7 @@ _ALLOWED = ("refused", "accepted", "accepted, and PEFT refuses it")
 
 def is_bad(counted: Counter[str], asked: int) -> bool:
     done = sum(counted.values())
-    few = min(counted["refused"], counted["accepted"]) < asked / 10
+    few = min(counted["refused"], counted["accepted"]) < asked / 20
     return counted["wrong"] > 0 or done < asked or few
 
 
