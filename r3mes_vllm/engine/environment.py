@@ -16,8 +16,10 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
         # request.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         # Compiled products, each of one batch size, of 270 KB and more and made in a millisecond:
-        # with oneDNN's own 1,024 a CPU engine grows by hundreds of MB as it meets batch sizes.
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+        # with 1,024 of them, of which oneDNN and torch keep each its own, a CPU engine grows by
+        # hundreds of MB as it meets batch sizes. These are of 25 sizes of five matrices.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+        "LRU_CACHE_CAPACITY": "128",
     }
     if not verbose:
         # vLLM and torch warn of a dozen things at each start that an operator can't change.

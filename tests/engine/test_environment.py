@@ -29,6 +29,7 @@ def nvcc(folder: Path) -> None:
     (folder / "bin" / "nvcc").touch(mode=0o755)
 
 
+KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 GROWS = """
 import ctypes, torch
 class Found(ctypes.Structure):
@@ -46,16 +47,16 @@ print(used() - before)
 def test_batch_sizes_leave_less_behind(prepared: dict[str, str]) -> None:
     prepare()
     found = []
-    for env in (prepared, prepared | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}):
+    for env in (prepared, *(prepared | {name: "1024"} for name in KEPT)):
         done = subprocess.run(
             [sys.executable, "-c", GROWS], capture_output=True, text=True, env=env
         )
         assert done.returncode == 0, done.stderr
         found.append(int(done.stdout))
-    ours, by_itself = found
-    if by_itself < 50_000_000:
+    ours, *with_one_larger = found
+    if max(with_one_larger) < 50_000_000:
         pytest.skip("this processor multiplies bf16 without oneDNN")
-    assert ours < 0.75 * by_itself
+    assert ours < 0.3 * min(with_one_larger)
 
 
 def test_the_programs_of_this_environment_are_found(prepared: dict[str, str]) -> None:
