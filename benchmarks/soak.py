@@ -2,14 +2,14 @@
 
     r3mes-vllm bench soak [--seconds 3600] [--rounds 5]
 
-One node: streams of the base model and of an adapter that stays, while others are put under a name,
-asked for, replaced by another version and taken away. The first sixth of the time warms up, after a
-prompt of each length that makes a batch size of this traffic, for each of which the engine compiles
-products and keeps them; each of the equal parts after it is a pair with the first of them. What
-memory grows by in an hour is the slope of a line through all that was seen after the warm-up.
+One node: streams of the base model and of an adapter that stays, with prompts of all lengths, while
+other adapters are put under a name, asked for, replaced by another version and taken away. The
+first sixth of the time warms up; each of the equal parts after it is a pair with the first of them.
+What memory grows by in an hour is the slope of a line through all that was seen after the warm-up.
 """
 
 import asyncio
+import random
 import tempfile
 import time
 from collections import Counter
@@ -29,8 +29,9 @@ from tests.in_store import put_in_store
 
 ADAPTERS, STREAMS = 6, 4
 LOOK_S = 30.0
-SIZES = 128
-"""Tokens: four prompts of 16, two messages, and a token of each that is answered."""
+LONGEST = 64
+"""Prompt of a stream, in tokens. A CPU's engine compiles products for each number of tokens that a
+step has, and keeps the last ones: with prompts alike it would meet a new one every few minutes."""
 
 
 @dataclass
@@ -62,6 +63,7 @@ def run(plan: Plan, record: Record) -> None:
         adapters=ADAPTERS,
         rank=8,
         streams=STREAMS,
+        prompt_tokens=f"1 to {LONGEST}",
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -93,9 +95,6 @@ async def _measured(
 ) -> None:
     part_s = for_s * 5 / 6 / (plan.rounds + 1)
     async with session() as http:
-        for length in range(1, plan.pick(SIZES, 4)):
-            for model in models:
-                await ask(http, url, Asked(model, length, 2, length))
         before = await _part(http, url, tree, models, cids, for_s / 6)
         record.note(f"warm-up: {before.cycles} cycles, {before.mib:.0f} MiB")
         first: Part | None = None
@@ -128,14 +127,15 @@ async def _part(
     cids: list[str],
     for_s: float,
 ) -> Part:
-    part = Part()
+    part, chance = Part(), random.Random(for_s)
     ends = time.monotonic() + for_s
 
     async def stream(number: int) -> None:
         count = 0
         while time.monotonic() < ends:
             count += 1
-            answer = await ask(http, url, Asked(models[number % 2], 16, 64, number + 1000 * count))
+            asked = Asked(models[number % 2], chance.randint(1, LONGEST), 64, number + 1000 * count)
+            answer = await ask(http, url, asked)
             part.requests += 1
             if answer.error:
                 part.errors[answer.error[:60]] += 1
