@@ -1,5 +1,6 @@
 """vLLM's `general_plugins` entry point: loaded in every process of vLLM, several times perhaps."""
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.CpuPunicaWrapper"
 WORKER_EXTENSION = "r3mes_vllm.engine.staging.StagingExtension"
 
 _WATCH, _WATCH_S = "r3mes-parent", 1.0
+_TRIM, _TRIM_S = "r3mes-trim", 60.0
 
 _stock_read = shm_broadcast.SpinCondition.record_read
 _stock_scheduler = SchedulerConfig.get_scheduler_cls
@@ -50,6 +52,8 @@ def register() -> None:
         with suppress(PermissionError):
             os.setpgid(0, 0)
         _end_with_parent()
+        if current_platform.is_cpu():
+            _give_back_what_is_free()
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")  # of every token, for the canary
 
 
@@ -85,6 +89,21 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name=_WATCH, daemon=True).start()
+
+
+def _give_back_what_is_free() -> None:
+    """oneDNN's products for one number of tokens go and those for another come, each of its own
+    size: the free room between them, which glibc keeps, grows for hours. It takes 10 ms."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim") or any(it.name == _TRIM for it in threading.enumerate()):
+        return
+
+    def trim() -> None:
+        while True:
+            time.sleep(_TRIM_S)
+            libc.malloc_trim(0)
+
+    threading.Thread(target=trim, name=_TRIM, daemon=True).start()
 
 
 def _is_no_mistake(record: logging.LogRecord) -> bool:
