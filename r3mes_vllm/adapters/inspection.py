@@ -12,7 +12,7 @@ from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.unwrap import unwrap
 from r3mes_vllm.adapters.vetting import RULES, facts_of
 from r3mes_vllm.errors import AdapterRefused
-from r3mes_vllm.ipfs.disk import full_disk_is_said
+from r3mes_vllm.ipfs.disk import disk_errors_are_said
 from r3mes_vllm.ipfs.tree import Limits
 
 _READING = "files_can_be_read"
@@ -54,7 +54,7 @@ def inspect(
 ) -> Inspection:
     """Look at what was fetched: a directory, an archive or a file. Raises BadArchive and
     ContentTooLarge for an archive that may not be unpacked, StorageFull."""
-    with tempfile.TemporaryDirectory() as work, full_disk_is_said(Path(work)):
+    with tempfile.TemporaryDirectory() as work, disk_errors_are_said(Path(work)):
         try:
             directory, notes = unwrap(fetched, Path(work), limits or Limits())
             candidate = open_candidate(directory, base=base, max_rank=max_rank)

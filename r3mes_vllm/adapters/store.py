@@ -6,6 +6,8 @@
 
 Several processes may share one store: the kernel's file locks end with their process, however
 that dies, and everything appears and goes by a rename.
+
+What lies in a store that may only be read is served as well; its times stay as they are.
 """
 
 import asyncio
@@ -25,7 +27,7 @@ from types import TracebackType
 from r3mes_vllm.adapters import manifest
 from r3mes_vllm.errors import AdapterError, BadCID, StorageFull
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.disk import full_disk_is_said
+from r3mes_vllm.ipfs.disk import READ_ONLY, bytes_in, disk_errors_are_said
 
 _POLL_S = 0.05
 _PROBES_S = 2.0
@@ -87,11 +89,15 @@ class Damaged:
 
 
 class Store:
-    """`quota` in bytes, for all that lies in it; adapters in use may hold more."""
+    """`quota` in bytes, for all that lies in it; adapters in use may hold more.
+
+    Every method raises StorageFull for a disk without room, and AdapterError for one that fails
+    otherwise or may only be read.
+    """
 
     def __init__(self, directory: Path, *, quota: int | None = None) -> None:
         self.quota = quota
-        self._directory = directory
+        self.directory = directory
         self._adapters = directory / "adapters"
         self._incoming = directory / "incoming"
         self._locks = directory / "locks"
@@ -108,20 +114,23 @@ class Store:
 
     def lease(self, cid: CID) -> Lease | None:
         """The adapter's directory, held; None if it is not here or not whole."""
-        fd = self._open_lock(str(cid))
-        fcntl.flock(fd, fcntl.LOCK_SH)
         path = self._adapters / str(cid)
+        if not os.path.exists(path):  # where nothing can be written its lock isn't there either
+            return None
+        fd = self._open_lock(cid)
+        fcntl.flock(fd, fcntl.LOCK_SH)
         told = manifest.read(path)
         if told is None or not manifest.sizes_are_right(path, told):
             os.close(fd)
             return None
-        if manifest.power_went(told) and manifest.problem(path):
+        if manifest.power_went(told) and (problem := manifest.problem(path)):
             os.close(fd)
-            self._drop_adapter(cid)
+            self._drop_damaged(cid, problem)
             return None
         if not manifest.is_on_disk(told):
             self._begin_synchronising(cid)
-        os.utime(fd)
+        with suppress(OSError):
+            os.utime(fd)
         return Lease(path, tuple(told["notes"]), fd)
 
     @asynccontextmanager
@@ -135,7 +144,7 @@ class Store:
             while not _try_lock(fd):  # noqa: ASYNC110 - the kernel wakes nobody here
                 await asyncio.sleep(_POLL_S)
             folder = self._incoming / str(cid)
-            with full_disk_is_said(self._directory):
+            with disk_errors_are_said(self.directory):
                 folder.mkdir(exist_ok=True)
             yield folder
         finally:
@@ -143,9 +152,14 @@ class Store:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """An empty folder that goes away."""
-        with full_disk_is_said(self._directory):
-            scratch = tempfile.TemporaryDirectory(dir=self._incoming, prefix=".scratch-")
+        """An empty folder that goes away; one of the system's where this store may only be read."""
+        with disk_errors_are_said(self.directory):
+            try:
+                scratch = tempfile.TemporaryDirectory(dir=self._incoming, prefix=".scratch-")
+            except OSError as error:
+                if error.errno not in READ_ONLY:
+                    raise
+                scratch = tempfile.TemporaryDirectory()
         with scratch as folder:
             yield Path(folder)
 
@@ -158,7 +172,7 @@ class Store:
         """
         incoming = self._incoming / str(cid)
         aside = incoming / "commit"
-        with full_disk_is_said(self._directory):
+        with disk_errors_are_said(self.directory):
             self.make_room(sum((vetted / name).stat().st_size for name in manifest.FILES), keep=cid)
             (self._locks / str(cid)).touch()
             damaged = (self._adapters / str(cid)).exists()
@@ -183,14 +197,15 @@ class Store:
     def stored(self) -> list[Stored]:
         """All adapters, the last used first."""
         found = []
-        for path in self._adapters.iterdir():
-            with suppress(BadCID, FileNotFoundError):  # not ours, or gone meanwhile
-                found.append(self._describe(CID.parse(path.name), path))
+        with disk_errors_are_said(self.directory):
+            for path in self._adapters.iterdir():
+                with suppress(BadCID, FileNotFoundError):  # not ours, or gone meanwhile
+                    found.append(self._describe(CID.parse(path.name), path))
         return sorted(found, key=lambda it: -it.used_at)
 
     def used(self) -> int:
         """Bytes on disk, with fetches under way."""
-        return _bytes(self._adapters) + _bytes(self._incoming)
+        return bytes_in(self._adapters) + bytes_in(self._incoming)
 
     def make_room(self, wanted: int, *, keep: CID | None = None) -> int:
         """Drop what was not used for longest until `wanted` more bytes fit; the bytes dropped.
@@ -204,7 +219,7 @@ class Store:
             return self._make_room(wanted, self.quota, keep)
 
     def _make_room(self, wanted: int, quota: int, keep: CID | None) -> int:
-        mine = _bytes(self._incoming / str(keep)) if keep else 0
+        mine = bytes_in(self._incoming / str(keep)) if keep else 0
         over = self.used() - mine + wanted - quota
         others = [other for other in self._least_recently_used() if other != keep]
         enough = sum(map(self._droppable, others)) >= over
@@ -215,7 +230,7 @@ class Store:
             dropped += self._drop(other)
         if dropped < over and wanted:
             raise StorageFull(
-                f"{wanted} bytes more do not fit: the cache {self._directory} may hold "
+                f"{wanted} bytes more do not fit: the cache {self.directory} may hold "
                 f"{quota}, and what is in use leaves too little of it",
                 hint="raise --cache-size, or serve fewer adapters",
             )
@@ -227,7 +242,7 @@ class Store:
         for path in self._incoming.glob(".*"):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _RUBBISH_S:
-                    dropped += _bytes(path)
+                    dropped += bytes_in(path)
                     shutil.rmtree(path, ignore_errors=True)
         return dropped + self.make_room(0)
 
@@ -241,7 +256,7 @@ class Store:
             if cid is not None and it.cid != cid:
                 continue
             problem = manifest.problem(it.path)
-            yield Damaged(it.cid, problem, self._drop_adapter(it.cid)) if problem else it
+            yield Damaged(it.cid, problem, self._drop_damaged(it.cid, problem)) if problem else it
 
     def synchronise(self) -> None:
         """Wait until the disk has what was committed or leased here."""
@@ -262,19 +277,20 @@ class Store:
             manifest.synchronise(self._adapters / str(cid))
         except FileNotFoundError:
             pass  # dropped meanwhile
-        except OSError:
-            self._drop_adapter(cid)  # the disk has not taken it
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                self._drop_adapter(cid)  # the disk has not taken it
         finally:
             self._synchronising.pop(cid, None)
 
     def _describe(self, cid: CID, path: Path) -> Stored:
         told = manifest.read(path) or {"fetched_at": 0.0, "notes": []}
-        with self._locked(str(cid)) as free:
+        with self._locked(cid) as free:
             used_at = (self._locks / str(cid)).stat().st_mtime
         return Stored(
             cid,
             path,
-            _bytes(path),
+            bytes_in(path),
             told["fetched_at"],
             used_at,
             not free,
@@ -295,7 +311,7 @@ class Store:
 
     def _droppable(self, cid: CID) -> int:
         """The bytes that `_drop` would remove."""
-        return sum(map(_bytes, self._unused(cid)))
+        return sum(map(bytes_in, self._unused(cid)))
 
     def _drop(self, cid: CID) -> int:
         """Remove of an adapter, and of a fetch of it, what nobody is using; the bytes removed."""
@@ -303,31 +319,42 @@ class Store:
 
     def _drop_adapter(self, cid: CID, *, wait_s: float = 0.0) -> bool:
         """False if somebody is using it."""
-        with self._locked(str(cid), wait_s=wait_s) as mine:
+        with self._locked(cid, wait_s=wait_s) as mine:
             if mine:
                 self._remove(self._adapters / str(cid))
             return mine
 
+    def _drop_damaged(self, cid: CID, problem: str) -> bool:
+        """As `_drop_adapter`."""
+        try:
+            return self._drop_adapter(cid)
+        except AdapterError as error:
+            raise AdapterError(f"{cid} is damaged: {problem}; {error}", hint=error.hint) from error
+
     def _unused(self, cid: CID) -> Iterator[Path]:
         """What lies here of an adapter and of a fetch of it, each while nobody may use it."""
-        for folder, lock in ((self._incoming, f"{cid}.fetch"), (self._adapters, str(cid))):
+        for folder, lock in ((self._incoming, f"{cid}.fetch"), (self._adapters, cid)):
             with self._locked(lock) as mine:
                 if mine:
                     yield folder / str(cid)
 
     def _remove(self, folder: Path) -> int:
         """As a whole or not at all, whatever ends this process; the bytes removed."""
-        before = _bytes(folder)
+        if not (before := bytes_in(folder)):
+            return 0
         gone = self._incoming / f".gone-{secrets.token_hex(8)}"
-        try:
-            os.rename(folder, gone)
-        except OSError:  # perhaps a disk so full that it has no room for another name
-            gone = folder
+        with disk_errors_are_said(self.directory):
+            try:
+                os.rename(folder, gone)
+            except OSError as error:
+                if error.errno in READ_ONLY:
+                    raise
+                gone = folder  # perhaps a disk so full that it has no room for another name
         shutil.rmtree(gone, ignore_errors=True)
-        return before - _bytes(gone)
+        return before - bytes_in(gone)
 
     @contextmanager
-    def _locked(self, name: str, *, wait_s: float = 0.0) -> Iterator[bool]:
+    def _locked(self, name: CID | str, *, wait_s: float = 0.0) -> Iterator[bool]:
         """Whether nobody else holds the lock `name`; nobody will meanwhile."""
         fd = self._open_lock(name)
         until = time.monotonic() + wait_s
@@ -338,24 +365,17 @@ class Store:
         finally:
             os.close(fd)
 
-    def _open_lock(self, name: str) -> int:
-        with full_disk_is_said(self._directory):
-            return os.open(self._locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def _bytes(folder: Path) -> int:
-    """On disk, as far as it doesn't go away meanwhile."""
-    total = 0
-    # `rglob` ends with an error at a folder that another fetch moves away under it
-    within = (
-        os.path.join(parent, name)
-        for parent, folders, files in os.walk(folder)
-        for name in (*folders, *files)
-    )
-    for path in (str(folder), *within):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            total += os.lstat(path).st_blocks * 512
-    return total
+    def _open_lock(self, name: CID | str) -> int:
+        """An adapter's may be held by who may only read the store, the others not."""
+        path = self._locks / str(name)
+        mode = 0o644 if isinstance(name, CID) else 0o600
+        with disk_errors_are_said(self.directory):
+            try:
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+            except OSError as error:
+                if error.errno not in READ_ONLY or not os.path.exists(path):
+                    raise
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _try_lock(fd: int) -> bool:

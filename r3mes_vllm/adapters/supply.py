@@ -25,7 +25,7 @@ from r3mes_vllm.errors import (
 )
 from r3mes_vllm.ipfs import archive, car
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.disk import full_disk_is_said
+from r3mes_vllm.ipfs.disk import DiskFull, disk_errors_are_said
 from r3mes_vllm.ipfs.fetch import fetch, resolve
 from r3mes_vllm.ipfs.http import exchange
 from r3mes_vllm.ipfs.pack import pack
@@ -161,8 +161,7 @@ class Supply:
         if path.is_dir() or _is_content(path):  # noqa: ASYNC240 - a local file, asked once
             with self._store.scratch() as scratch:
                 packed = scratch / "packed.car"
-                with full_disk_is_said(scratch):
-                    cid = await asyncio.to_thread(pack, path, packed)
+                cid = await asyncio.to_thread(pack, path, packed)
                 return await self._import_car(cid, CarSource(packed, name=str(path)))
         return await self._import_car(
             await asyncio.to_thread(car.root_of, path), CarSource(path, name=str(path))
@@ -217,7 +216,8 @@ class Supply:
         if lease is None:
             return None
         try:
-            facts = await self._vet(lease.path, HEADER_RULES)
+            with disk_errors_are_said(self._store.directory):
+                facts = await self._vet(lease.path, HEADER_RULES)
         except BaseException:
             lease.release()
             raise
@@ -281,13 +281,14 @@ class Supply:
             try:
                 fetched = await self._fetch_into(folder, cid, sources, tell)
                 began = time.monotonic()
-                with full_disk_is_said(folder), self._store.scratch() as work:
+                with disk_errors_are_said(self._store.directory), self._store.scratch() as work:
                     adapter, notes = await asyncio.to_thread(unwrap, fetched, work, self._limits)
                     facts = await self._vet(adapter, RULES)
                     self.timed("vet", time.monotonic() - began)
                     noted = (*notes, *facts.notes)
                     await asyncio.to_thread(self._store.commit, cid, adapter, noted)
-            except (AdapterRefused, BadArchive, BadDAG, ContentTooLarge):
+            except (AdapterRefused, BadArchive, BadDAG, ContentTooLarge, DiskFull):
+                # What came of one that the disk has no room for would leave none to others.
                 await asyncio.to_thread(self._store.discard, cid)
                 raise
 

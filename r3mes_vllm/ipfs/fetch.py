@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from r3mes_vllm.errors import ContentNotFound
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.disk import full_disk_is_said
+from r3mes_vllm.ipfs.disk import disk_errors_are_said
 from r3mes_vllm.ipfs.http import exchange
 from r3mes_vllm.ipfs.own_loop import in_own_loop
 from r3mes_vllm.ipfs.path import IpfsPath
@@ -38,10 +38,11 @@ async def fetch(
     there. `progress` is called from another thread, four times a second.
 
     Raises ContentNotFound with what each source said, BlockMismatch when one lied and no other
-    had the rest, BadDAG and ContentTooLarge for what is not worth having, StorageFull.
+    had the rest, BadDAG and ContentTooLarge for what is not worth having, StorageFull, and
+    AdapterError when the disk fails otherwise.
     """
     limits = limits or Limits()
-    with full_disk_is_said(folder):
+    with disk_errors_are_said(folder):
         return await in_own_loop(
             lambda: _grow(
                 lambda: Tree(root, folder, limits), Tree.finish, sources, limits, progress
@@ -57,7 +58,7 @@ async def resolve(
     limits = limits or Limits()
     if not path.names:
         return path.root
-    with full_disk_is_said(folder):
+    with disk_errors_are_said(folder):
         return await in_own_loop(
             lambda: _grow(
                 lambda: Way(path.root, path.names, folder, limits),

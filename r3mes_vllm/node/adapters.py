@@ -48,7 +48,9 @@ async def obtain_all(
         except (IpfsError, AdapterError, StorageFull) as error:
             hint = f" ({error.hint})" if error.hint else ""
             warn(f"adapter {it.name!r} is left out: {error}{hint}")
-            return None
+        except OSError as error:  # of the operator's own file, perhaps
+            warn(f"adapter {it.name!r} is left out: {error}")
+        return None
 
     if one_is_enough:
         named: list[Named] = []

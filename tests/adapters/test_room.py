@@ -4,7 +4,6 @@ import asyncio
 import errno
 import fcntl
 import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from r3mes_vllm.adapters import store as storing
 from r3mes_vllm.adapters.store import Store
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
 from r3mes_vllm.errors import AdapterError, StorageFull
+from tests.adapters.mounts import tmpfs
 from tests.adapters.test_store import MIB, cid, held, here, put, used_long_ago
 
 
@@ -101,15 +101,8 @@ def test_what_is_damaged_and_stays_in_use_costs_nothing_of_the_fetch(
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=60", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a file system can only be mounted by root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+    with tmpfs(tmp_path / "disk", "size=64k,nr_inodes=60") as disk:
+        yield disk
 
 
 def fill(disk: Path) -> None:
@@ -134,8 +127,7 @@ def test_a_full_disk_can_be_freed_and_is_said_by_all_else(tiny_disk: Path) -> No
         asyncio.run(fetch())
     with pytest.raises(StorageFull, match="no room left"), store.scratch():
         pass
-    with pytest.raises(StorageFull, match="no room left"):
-        store.lease(cid(2))
+    assert store.lease(cid(2)) is None
     held(store, cid(1)).release()
     assert store.collect() + store.drop_unused() >= 8192
     assert here(store) == set()
