@@ -12,6 +12,7 @@ from pathlib import Path
 from r3mes_vllm.errors import AdapterError, ConfigError
 from r3mes_vllm.ipfs import car
 from r3mes_vllm.ipfs.cid import CID, DAG_PB, RAW
+from r3mes_vllm.ipfs.disk import FULL, no_room
 from r3mes_vllm.ipfs.unixfs import Link, encode_directory, encode_file
 
 CHUNK = 262144
@@ -37,7 +38,7 @@ def pack(source: Path, destination: Path) -> CID:
     """Write the CAR of the directory or file `source` to `destination`; its root CID.
 
     The CAR appears whole or not at all. Raises AdapterError for links, devices and files that
-    change meanwhile, ConfigError when `destination` is a directory.
+    change meanwhile, ConfigError when `destination` is a directory, StorageFull.
     """
     if destination.is_dir():
         raise ConfigError(
@@ -52,6 +53,10 @@ def pack(source: Path, destination: Path) -> CID:
             os.fsync(file.fileno())
         aside.replace(destination)
     except OSError as error:
+        if error.errno in FULL:
+            aside.unlink(missing_ok=True)
+            hint = "free some disk there, or choose another: -o FILE, --cache-dir DIRECTORY"
+            raise no_room(destination.parent, tree.total, hint=hint) from error
         raise AdapterError(f"can't pack {source}: {error}") from error
     finally:
         aside.unlink(missing_ok=True)

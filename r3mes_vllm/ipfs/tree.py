@@ -6,6 +6,7 @@ hashed again, and what is not right is asked for again.
 """
 
 import os
+import shutil
 import stat
 from collections import deque
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from r3mes_vllm.ipfs import names
 from r3mes_vllm.ipfs.blockstore import Aside, BlockStore
 from r3mes_vllm.ipfs.car import BLOCK_LIMIT, LentBlock
 from r3mes_vllm.ipfs.cid import CID, RAW, Data
+from r3mes_vllm.ipfs.disk import DiskFull, no_room
 from r3mes_vllm.ipfs.unixfs import Kind, Node, encode_leaves, read
 from r3mes_vllm.ipfs.writer import Writer
 
@@ -80,8 +82,8 @@ _Place = _Entry | _Shard | _Part
 class Tree:
     """Grows in `folder`, which keeps what is needed to go on after a crash. Used by one thread.
 
-    Every method raises BadDAG and ContentTooLarge for content that is not worth having, and
-    OSError when the disk fails.
+    Every method raises BadDAG and ContentTooLarge for content that is not worth having,
+    DiskFull for a file that does not fit, and OSError when the disk fails.
     """
 
     def __init__(self, root: CID, folder: Path, limits: Limits) -> None:
@@ -93,7 +95,7 @@ class Tree:
         self.placed = 0
         """Bytes of files that are here."""
         self.complete = False
-        self._failure: IpfsError | OSError | None = None
+        self._failure: IpfsError | DiskFull | OSError | None = None
         self._limits = limits
         self._files = folder / "files"
         self._nodes = BlockStore(folder / "nodes")
@@ -125,7 +127,7 @@ class Tree:
                 elif cid not in self._leaves and cid not in self._linking:
                     self._spare_block(cid, data)
             self._writer.flush()
-        except (IpfsError, OSError) as error:
+        except (IpfsError, DiskFull, OSError) as error:
             self._failure = error  # what was half done is neither wanted nor here
             raise
         self.complete = not self.wanted
@@ -248,6 +250,7 @@ class Tree:
             if self.declared > self._limits.bytes:
                 raise ContentTooLarge(f"{self.root} holds more than {self._limits.bytes} bytes")
             if not written:
+                _require_room(place.path, node.size)
                 self._writer.write(place.path, 0, b"", size=node.size)
                 os.truncate(place.path, min(place.path.stat().st_size, node.size))
             self._fill(place.path, 0, node.size, cid, node, written=written)
@@ -328,3 +331,11 @@ class Way(Tree):
         if self.end is None:
             raise BadDAG(f"there is no {'/'.join(self._names)} in {self.root}")
         return self.end
+
+
+def _require_room(file: Path, size: int) -> None:
+    """Before any of it comes: a fetch that can't end would leave no room to all others."""
+    needed = size - (file.lstat().st_blocks * 512 if file.exists() else 0)
+    disk = shutil.disk_usage(file.parent)
+    if needed > disk.free and disk.total:  # some file systems don't say
+        raise no_room(file.parent, needed)

@@ -294,31 +294,6 @@ def test_a_disk_that_does_not_take_it_has_it_no_more(
     assert here(store) == set()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A file system of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a file system can only be mounted by root")
-    return folder
-
-
-def test_a_full_disk_is_a_clear_error_and_harms_nothing_that_is_there(small_disk: Path) -> None:
-    try:
-        store = Store(small_disk)
-        put(store, 1)
-        (small_disk / "ballast").write_bytes(b"x" * (2 * MIB))
-        with pytest.raises((StorageFull, OSError)):
-            put(store, 2, size=3 * MIB)
-        assert here(store) == {cid(1)}
-        assert not any(isinstance(it, Damaged) for it in store.fsck())
-        held(store, cid(1)).release()
-    finally:
-        subprocess.run(["umount", str(small_disk)], check=True)
-
-
 def crashed(folder: Path, kills: int, *options: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.adapters.crashing", str(folder), str(kills), "1"]
     run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
