@@ -188,6 +188,9 @@ def common() -> Iterator[Path]:
 
 
 def test_another_users_store_is_served_from(common: Path) -> None:
+    (common / "incoming").mkdir()
+    (common / "incoming" / str(cid(1))).mkdir()
+    Store(common).drop_unused()  # which makes its lock before it comes
     put(Store(common), 1)
 
     def work() -> object:
