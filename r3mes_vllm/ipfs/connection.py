@@ -9,6 +9,7 @@ import io
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,9 +59,7 @@ class Connection:
     ) -> "Connection":
         """Raises OSError, TimeoutError too, and UnicodeError for a host that can't be one."""
         async with asyncio.timeout(stall_s):
-            found = await asyncio.get_running_loop().getaddrinfo(
-                origin.host, origin.port, type=socket.SOCK_STREAM
-            )
+            found = await _looked_up(origin)
         failure: OSError = ConnectionError(f"{origin.host} has no address")
         for family, _, _, _, address in found:
             sock = socket.socket(family, socket.SOCK_STREAM)
@@ -124,6 +123,39 @@ class Connection:
         with suppress(OSError):
             # Not that of SSLSocket, which changes what the thread is using.
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+
+async def _looked_up(origin: Origin) -> list[Any]:
+    """As `socket.getaddrinfo` says, on a thread that is left alone when nobody waits any more: a
+    resolver that does not answer can hold it for longer than all the rest of a fetch takes."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[list[Any]] = loop.create_future()
+
+    def tell(found: list[Any], error: Exception | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(found)
+        else:
+            done.set_exception(error)
+
+    def look_up() -> None:
+        found: list[Any] = []
+        problem: Exception | None = None
+        try:
+            found += socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            problem = error
+        with suppress(RuntimeError):  # its loop may be closed
+            loop.call_soon_threadsafe(tell, found, problem)
+
+    threading.Thread(target=look_up, name="r3mes-names", daemon=True).start()
+    try:
+        return await done
+    except socket.gaierror as error:
+        raise ConnectionError(
+            f"the name {origin.host} does not resolve: {error.strerror}"
+        ) from error
 
 
 @cache
