@@ -131,3 +131,21 @@ def test_packing_onto_a_full_disk_says_how_much_it_takes(disk: Path, tmp_path: P
     with pytest.raises(StorageFull, match=rf"no room left in {disk}: \d+ bytes are needed"):
         pack(adapter, disk / "large.car")
     assert list(disk.iterdir()) == []
+
+
+async def test_what_a_quota_has_no_room_for_is_kept_and_not_fetched_again(tmp_path: Path) -> None:
+    """Unlike a disk's, its room is others' only when they ask for it."""
+    large = Offer(tmp_path / "large", seed=2, rank=LARGE)
+    root = large.published.root
+    server = gateway.Gateway(large.published)
+    async with gateway.listening(server) as source:
+
+        def supply(quota: int | None) -> Supply:
+            store = Store(tmp_path / "cache", quota=quota)
+            return Supply(store, ipfs_api=NOWHERE, gateways=[source.name])
+
+        with pytest.raises(StorageFull, match="do not fit"):
+            await supply(large.size // 2).obtain(root)
+        asked = len(server.asked)
+        assert large.is_whole(await supply(None).obtain(root))
+        assert len(server.asked) == asked
