@@ -279,7 +279,8 @@ class Store:
             pass  # dropped meanwhile
         except OSError as error:
             if error.errno not in READ_ONLY:
-                self._drop_adapter(cid)  # the disk has not taken it
+                with suppress(AdapterError):  # a disk that failed may only be read from then on
+                    self._drop_adapter(cid)
         finally:
             self._synchronising.pop(cid, None)
 

@@ -49,7 +49,7 @@ async def obtain_all(
             hint = f" ({error.hint})" if error.hint else ""
             warn(f"adapter {it.name!r} is left out: {error}{hint}")
         except OSError as error:  # of the operator's own file, perhaps
-            warn(f"adapter {it.name!r} is left out: {error}")
+            warn(f"adapter {it.name!r} is left out: {error.strerror}: {error.filename}")
         return None
 
     if one_is_enough:
