@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
+from r3mes_vllm.engine.model import why_not
+from r3mes_vllm.errors import HubUnreachable
 from r3mes_vllm.node.doctor import checks_adapters, checks_network
 from tests import without_names
 from tests.doctor.given import settings as settings_of
@@ -20,12 +23,13 @@ BACKEND = "https://backend.invalid"
 SOURCES = ("--ipfs-api", "http://daemon.invalid:5001", "--ipfs-gateway", "https://gateway.invalid")
 
 
-def without(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def without(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("R3MES_")}
     found = subprocess.run(
         [sys.executable, "-m", "tests.without_names", *arguments],
         env=environment
-        | {"R3MES_STATE_DIR": str(folder / "state"), "R3MES_CACHE_DIR": str(folder / "cache")},
+        | {"R3MES_STATE_DIR": str(folder / "state"), "R3MES_CACHE_DIR": str(folder / "cache")}
+        | variables,
         capture_output=True,
         text=True,
         timeout=120,
@@ -95,6 +99,16 @@ def registration_warnings(capfd: pytest.CaptureFixture[str]) -> str:
     assert said.count("not registered") == 1, "the same failure is said once"
     assert "Name or service not known; trying again, serving meanwhile" in said
     return said
+
+
+def test_a_hub_without_an_address_is_one_that_passes(names: dict[str, str]) -> None:
+    with pytest.raises(Exception, match="not known") as caught:
+        HfApi(endpoint="https://hub.invalid").list_repo_files("its/model")
+    found = why_not("its/model", caught.value)
+    assert isinstance(found, HubUnreachable)
+    assert "--model its/model: the model hub does not answer now: " in found.message
+    assert "Name or service not known" in found.message
+    assert "give a local directory with the model" in found.hint
 
 
 async def test_doctor_names_what_does_not_resolve(tmp_path: Path, names: dict[str, str]) -> None:

@@ -1,0 +1,50 @@
+"""A node whose cache can't be written and whose backend has no address serves what it has."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests import tiny
+from tests.adapters.mounts import read_only
+from tests.adapters.test_store import cid
+from tests.in_store import put_in_store
+from tests.node.test_names import BACKEND, without
+from tests.programs import free_port
+
+
+@contextmanager
+def cut_off(folder: Path, model: Path, port: int) -> Iterator[tuple[str, ...]]:
+    """The arguments of a node: `here` is in its store, which can't be written, and `gone` is not;
+    `nobodys` is what only a backend could know."""
+    adapter = tiny.make_adapter(folder / "mine", seed=3)
+    here = asyncio.run(put_in_store(folder / "cache", adapter))
+    with read_only(folder / "cache", folder / "cache"):
+        yield (
+            *("serve", "--loras", f"gone={cid(1)},nobodys,here={here}", "--model", str(model)),
+            *("--backend-url", BACKEND, "--host", "127.0.0.1", "--port", str(port)),
+            *("--ipfs-api", "http://daemon.invalid:5001"),
+        )
+
+
+def left_out(said: str, folder: Path) -> bool:
+    return (
+        f"adapter 'gone' is left out: the cache {folder / 'cache'} is read-only" in said
+        and "adapter 'nobodys' is left out: no adapter named 'nobodys'" in said
+        and f"the backend {BACKEND} can't be reached: " in said
+    )
+
+
+def test_its_start_gets_to_the_engine(tmp_path: Path) -> None:
+    """Which is not here: no more is needed to see that."""
+    no_vllm = tmp_path / "none"
+    no_vllm.mkdir()
+    (no_vllm / "vllm.py").write_text("raise ModuleNotFoundError('none', name='vllm')")
+    path = os.pathsep.join((str(no_vllm), os.environ.get("PYTHONPATH", "")))
+    with cut_off(tmp_path, tiny.make_model(tmp_path / tiny.NAME), free_port()) as arguments:
+        found = without(tmp_path, *arguments, PYTHONPATH=path)
+    assert found.returncode == 1
+    assert "1 verified, 0 of them fetched now" in found.stdout
+    assert left_out(found.stderr, tmp_path), found.stderr
+    assert "error: vLLM is not installed" in found.stderr
