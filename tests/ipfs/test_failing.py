@@ -64,7 +64,7 @@ async def vanishing(published: Published) -> AsyncIterator[GatewaySource]:
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(whole)}\r\n\r\n".encode()
         writer.write(head + whole[: len(whole) // 2])
         await writer.drain()
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1)  # a reset loses what nobody has read yet
         server.close()
         writer.transport.abort()
 
@@ -92,7 +92,7 @@ async def test_what_came_is_kept_and_the_next_source_is_asked_for_the_rest_only(
     async with FAILING[how](published) as first, listening(honest) as second:
         began = time.monotonic()
         got = await fetch(published.root, tmp_path / "fetch", sources=[first, second], limits=SHORT)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 15
     assert published.into(got)
     assert first.standing.bytes > len(car_of(published.blocks)) // 4
     assert first.standing.lies == 0
@@ -240,9 +240,9 @@ async def test_who_waits_for_a_name_keeps_nobody_waiting(
             began = time.monotonic()
             got = await fetch(published.root, tmp_path / "a", sources=[lost, source], limits=SHORT)
             assert published.into(got)
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 15
         with pytest.raises(ContentNotFound, match=r"gateway\.invalid"):
             await fetch(published.root, tmp_path / "b", sources=[lost], limits=SHORT)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 15
     finally:
         over.set()
