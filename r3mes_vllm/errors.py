@@ -15,7 +15,8 @@
     │   ├── SourceFailed      one source failed: unreachable, timed out, ended early
     │   │   └── SourceBusy    it asked for a pause
     │   └── ContentNotFound   no source had it
-    ├── StorageFull           the disk or the cache's quota has no room
+    ├── StorageFull           the cache's quota has no room
+    │   └── DiskFull          or the disk itself
     ├── AdapterError
     │   ├── UnknownAdapter    nobody knows an adapter of that name
     │   ├── AdapterRefused    vetting refused it; `rule` says which rule
@@ -125,6 +126,10 @@ class ContentNotFound(IpfsError):
 class StorageFull(R3mesError):
     code = "storage_full"
     status = 507
+
+
+class DiskFull(StorageFull):
+    """Also what was begun is in the way, which is not so of a quota."""
 
 
 class AdapterError(R3mesError):

@@ -21,11 +21,12 @@ from r3mes_vllm.errors import (
     BadArchive,
     BadDAG,
     ContentTooLarge,
+    DiskFull,
     SourceFailed,
 )
 from r3mes_vllm.ipfs import archive, car
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.disk import DiskFull, disk_errors_are_said
+from r3mes_vllm.ipfs.disk import disk_errors_are_said
 from r3mes_vllm.ipfs.fetch import fetch, resolve
 from r3mes_vllm.ipfs.http import exchange
 from r3mes_vllm.ipfs.pack import pack

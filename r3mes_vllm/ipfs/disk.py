@@ -7,17 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from r3mes_vllm.errors import AdapterError, R3mesError, StorageFull
+from r3mes_vllm.errors import AdapterError, DiskFull, R3mesError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Of a disk that takes nothing, and of another user's folder."""
 
 _ELSEWHERE = "point --cache-dir elsewhere"
-
-
-class DiskFull(StorageFull):
-    """The disk it is, not a quota."""
 
 
 @contextmanager

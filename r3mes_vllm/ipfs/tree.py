@@ -14,12 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r3mes_vllm.errors import BadDAG, ContentTooLarge, IpfsError
+from r3mes_vllm.errors import BadDAG, ContentTooLarge, DiskFull, IpfsError
 from r3mes_vllm.ipfs import names
 from r3mes_vllm.ipfs.blockstore import Aside, BlockStore
 from r3mes_vllm.ipfs.car import BLOCK_LIMIT, LentBlock
 from r3mes_vllm.ipfs.cid import CID, RAW, Data
-from r3mes_vllm.ipfs.disk import DiskFull, no_room
+from r3mes_vllm.ipfs.disk import no_room
 from r3mes_vllm.ipfs.unixfs import Kind, Node, encode_leaves, read
 from r3mes_vllm.ipfs.writer import Writer
 

@@ -16,9 +16,8 @@ from r3mes_vllm.adapters import manifest
 from r3mes_vllm.adapters.store import Store
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import WEIGHTS
-from r3mes_vllm.errors import AdapterError
+from r3mes_vllm.errors import AdapterError, DiskFull
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.disk import DiskFull
 from r3mes_vllm.ipfs.pack import pack
 from r3mes_vllm.node.adapters import obtain_all
 from r3mes_vllm.node.doctor import checks_adapters, checks_local

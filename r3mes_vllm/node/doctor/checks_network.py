@@ -67,7 +67,7 @@ async def clock(settings: Settings) -> Finding:
         try:
             answer = await http.get("/health")
         except httpx.HTTPError as error:
-            return Finding("skip", f"the backend tells no time: {type(error).__name__}")
+            return Finding("skip", f"the backend tells no time: {_said(error)}")
         ended = time.time()
     if "date" not in answer.headers:
         return Finding("skip", "the backend tells no time")
@@ -99,7 +99,7 @@ async def public_url(settings: Settings) -> Finding:
         try:
             answer = await http.post(_REACH, content=body, headers=headers)
         except httpx.HTTPError as error:
-            return Finding("skip", f"the backend can't be asked: {type(error).__name__}")
+            return Finding("skip", f"the backend can't be asked: {_said(error)}")
     if answer.status_code in (404, 405):
         return Finding("skip", "this backend cannot call back")
     if answer.status_code == 429:
@@ -131,7 +131,7 @@ async def ipfs_daemon(settings: Settings) -> Finding:
             peers = (await http.post("/api/v0/swarm/peers")).raise_for_status().json()
             name, count = str(said["AgentVersion"])[:60], len(peers.get("Peers") or [])
         except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
-            said_of = f"no IPFS daemon at {settings.ipfs_api_url}: {type(error).__name__}"
+            said_of = f"no IPFS daemon at {settings.ipfs_api_url}: {_said(error)}"
             return Finding("warn", said_of, "ipfs daemon")
     if not count:
         return Finding("warn", f"{name} has no peers", "ipfs swarm peers")
@@ -140,7 +140,12 @@ async def ipfs_daemon(settings: Settings) -> Finding:
 
 def _unreachable(settings: Settings, error: Exception) -> Finding:
     fix = "r3mes-vllm doctor --backend-url URL"
-    return Finding("fail", f"{settings.backend} can't be reached: {type(error).__name__}", fix)
+    return Finding("fail", f"{settings.backend} can't be reached: {_said(error)}", fix)
+
+
+def _said(error: Exception) -> str:
+    """Timeouts say nothing."""
+    return str(error) or type(error).__name__
 
 
 def _lan_address() -> str:
