@@ -2,9 +2,11 @@
 
     python -m tests.adapters.crashing FOLDER [KILLS] [SEED] [--unsafe]
 
-Prints a JSON object: how many were killed, how many had ended before, how many of those killed
-left something to go on with, and what was wrong. A process of its own, so that its children start
-by forking what is imported already. `--unsafe` writes adapters in place, to show what that does.
+Prints its seed, and a JSON object: how many were killed, how many had ended before, how many of
+those killed left something to go on with, and what was wrong. Exit status 1 if anything was, or if
+too few were killed, or so early that they left nothing. A process of its own, so that its children
+start by forking what is imported already. `--unsafe` writes adapters in place, to show what that
+does.
 """
 
 import asyncio
@@ -15,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -30,38 +33,71 @@ from tests import tiny
 from tests.programs import free_port
 
 RANK = 512
+LONGEST_S = 120
+"""Of a fetch: one that has not ended by then never would."""
+_RESUMED = 0.05
+"""Of those killed, that must have left something to go on with."""
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def main(folder: Path, kills: int, seed: int) -> int:
+    print(f"seed {seed}", file=sys.stderr, flush=True)
+    found, wrong = run(folder, kills, seed)
+    json.dump({**found, "seed": seed, "wrong": wrong}, sys.stdout)
+    said = problems(found, wrong, kills)
+    for problem in said:
+        print(problem, file=sys.stderr)
+    return int(bool(said))
+
+
+def problems(found: dict[str, int], wrong: list[str], kills: int) -> list[str]:
+    """Why the run has failed, or shown nothing."""
+    said = [f"{len(wrong)} times wrong: {it}" for it in sorted(set(wrong))]
+    if not 0 < kills <= found["killed"]:
+        said.append(f"{found['killed']} were killed, of {kills}")
+    if found["resumed"] <= _RESUMED * found["killed"]:
+        said.append(f"{found['resumed']} left something to go on with: they were killed too early")
+    return said
+
+
+def run(folder: Path, kills: int, seed: int) -> tuple[dict[str, int], list[str]]:
+    """What became of the fetches, and what was wrong."""
     chance = random.Random(seed)
     adapter = tiny.make_adapter(folder / "adapter", seed=1, rank=RANK)
     cid = pack(adapter, folder / "adapter.car")
     port = free_port()
-    gateway = _forked(lambda: asyncio.run(serve_car(folder / "adapter.car", port)))
+    gateway = _forked(lambda: asyncio.run(serve_car(folder / "adapter.car", port)), longest_s=0)
     wrong: list[str] = []
     found = {"killed": 0, "ended": 0, "resumed": 0}
     try:
-        whole_s = _seconds_of(lambda: _fetch(folder / "warm", cid, port))
-        while found["killed"] < kills:
+        whole_s = min(
+            _seconds_of(partial(_fetch, folder / warm, cid, port)) for warm in ("warm", "warmer")
+        )
+        while found["killed"] < kills and found["ended"] <= 4 * kills:
             store = Store(folder / "store")
             left = sum(it.stat().st_blocks for it in (folder / "store").rglob("*.safetensors"))
             child = _forked(lambda: _fetch(folder / "store", cid, port))
             time.sleep(chance.uniform(0, 1.2 * whole_s))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
+            # The machine's pace changes: about one in four should end before it is killed.
+            whole_s *= 1.02 if os.WIFSIGNALED(status) else 0.95
             found["killed" if os.WIFSIGNALED(status) else "ended"] += 1
+            if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+                wrong.append("a fetch that nobody had killed yet failed")
             found["resumed"] += bool(left) and not store.stored()
             wrong += wrong_in(store, adapter)
             if store.stored():
                 store.drop_unused()
-        os.waitpid(_forked(lambda: _fetch(folder / "store", cid, port)), 0)
+        _, status = os.waitpid(_forked(lambda: _fetch(folder / "store", cid, port)), 0)
+        if status:
+            wrong.append(f"the last fetch, which nobody killed, ended with {status}")
         wrong += wrong_in(Store(folder / "store"), adapter)
         if not Store(folder / "store").stored():
             wrong.append("the last fetch, which nobody killed, left nothing")
     finally:
         os.kill(gateway, signal.SIGKILL)
         os.waitpid(gateway, 0)
-    json.dump({**found, "wrong": wrong}, sys.stdout)
+    return found, wrong
 
 
 def _commit_in_place(self: Store, cid: CID, vetted: Path, notes: object = ()) -> None:
@@ -111,11 +147,13 @@ async def serve_car(path: Path, port: int) -> None:
     await asyncio.Event().wait()
 
 
-def _forked(work: Callable[[], object]) -> int:
+def _forked(work: Callable[[], object], longest_s: int = LONGEST_S) -> int:
+    """The child, which SIGALRM ends after `longest_s` seconds; never if that is 0."""
     child = os.fork()
     if child:
         return child
     try:
+        signal.alarm(longest_s)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         work()
         os._exit(0)
@@ -139,4 +177,6 @@ if __name__ == "__main__":
     if "--unsafe" in sys.argv:
         sys.argv.remove("--unsafe")
         Store.commit = _commit_in_place  # type: ignore[method-assign]
-    main(Path(sys.argv[1]), int([*sys.argv, "100"][2]), int([*sys.argv, "0", "0"][3]))
+    by_chance = str(random.SystemRandom().randrange(10**6))
+    given = [*sys.argv[2:], *("100", by_chance)[len(sys.argv[2:]) :]]
+    sys.exit(main(Path(sys.argv[1]), int(given[0]), int(given[1])))

@@ -18,6 +18,7 @@ from r3mes_vllm.adapters.store import Damaged, Lease, Store
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
 from r3mes_vllm.errors import StorageFull
 from r3mes_vllm.ipfs.cid import CID, RAW
+from tests.adapters import crashing
 
 MIB = 1 << 20
 
@@ -294,10 +295,10 @@ def test_a_disk_that_does_not_take_it_has_it_no_more(
     assert here(store) == set()
 
 
-def crashed(folder: Path, kills: int, *options: str) -> dict[str, Any]:
+def crashed(folder: Path, kills: int, *options: str, status: int = 0) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.adapters.crashing", str(folder), str(kills), "1"]
     run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == status, run.stderr
     return dict(json.loads(run.stdout))
 
 
@@ -309,4 +310,31 @@ def test_kill_9_at_a_hundred_instants_leaves_the_old_or_the_new_state(tmp_path: 
 
 
 def test_with_adapters_written_in_place_kill_9_leaves_half_of_one(tmp_path: Path) -> None:
-    assert crashed(tmp_path, 20, "--unsafe")["wrong"]
+    assert crashed(tmp_path, 20, "--unsafe", status=1)["wrong"]
+
+
+@pytest.mark.parametrize(
+    ("killed", "resumed", "wrong", "said"),
+    [
+        (100, 40, [], ""),
+        (100, 40, ["half of one", "half of one"], "2 times wrong: half of one"),
+        (99, 40, [], "99 were killed, of 100"),
+        (100, 5, [], "killed too early"),
+    ],
+)
+def test_kills_are_good_only_if_they_have_shown_something(
+    killed: int,
+    resumed: int,
+    wrong: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"killed": killed, "ended": 7, "resumed": resumed}
+    assert said in " ".join(crashing.problems(found, wrong, 100))
+    monkeypatch.setattr(crashing, "run", lambda *_: (found, wrong))
+    assert crashing.main(tmp_path, 100, seed=1) == int(bool(said))
+
+
+def test_no_kills_show_nothing() -> None:
+    assert crashing.problems({"killed": 0, "ended": 0, "resumed": 0}, [], 0)
