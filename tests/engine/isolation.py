@@ -3,11 +3,14 @@
     python -m tests.engine.isolation [--requests 5000] [--seed N] [--stock]
 
 On the small test model with fewer slots than adapters, chunked prefills and the prefix cache on.
-Prints as JSON how many answers were identical, how many parted where two tokens were as likely
-(`ties`: bf16 sums in another order), and how many were another model's (`wrong`).
+Prints its seed, and as JSON how many answers were identical, how many parted where two tokens were
+as likely (`ties`: bf16 sums in another order), how many were another model's (`wrong`), and how
+many were computed while those of other adapters were. Exit status 1 if one was wrong, or more than
+a tenth were ties; if too few were beside others; and if it has not ended in time.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -21,6 +24,8 @@ ADAPTERS, SLOTS, KEPT, AT_ONCE = 20, 4, 8, 16
 PROMPTS = 8
 LONGEST = 12
 """Tokens of an answer."""
+LIMIT_S, EACH_S = 600, 2.0
+"""Seconds for the start, and for each request, after which it ends."""
 TIE = 0.25
 """In log-probability: how far apart rounding in bf16 may move two tokens of this model."""
 
@@ -34,23 +39,52 @@ class Answer:
     """Of each over the next likely one."""
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
     parser.add_argument("--stock", action="store_true", help="vLLM without this package")
     options = parser.parse_args()
     print(f"seed {options.seed}", file=sys.stderr, flush=True)
+    found = tried(options.requests, options.seed, stock=options.stock)
+    print(json.dumps(found | {"seed": options.seed}), flush=True)
+    said = problems(found, options.requests)
+    for problem in said:
+        print(problem, file=sys.stderr)
+    return int(bool(said))
+
+
+def tried(requests: int, seed: int, *, stock: bool) -> dict[str, int]:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_PLUGINS": "none" if options.stock else "r3mes",
+        "VLLM_PLUGINS": "none" if stock else "r3mes",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(Trial(Path(folder), options.seed).run(options.requests)), flush=True)
+    faulthandler.dump_traceback_later(LIMIT_S + EACH_S * requests, exit=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return Trial(Path(folder), seed).run(requests)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def problems(found: dict[str, int], requests: int) -> list[str]:
+    """Why the run has failed, or shown nothing."""
+    said = []
+    if found["wrong"]:
+        said.append(f"{found['wrong']} answers were another model's")
+    if not 0 < requests == found["requests"]:
+        said.append(f"{found['requests']} answers, of {requests} asked for")
+    if found["identical"] + found["ties"] + found["wrong"] != found["requests"]:
+        said.append("not each answer was compared")
+    if found["ties"] > 0.1 * found["requests"]:
+        said.append(f"{found['ties']} answers parted, too many for ties")
+    if found["beside others"] < 0.9 * found["requests"]:
+        said.append(f"only {found['beside others']} were computed beside those of other adapters")
+    return said
 
 
 class Trial:
@@ -98,7 +132,7 @@ class Trial:
                     for output in self._engine.step():
                         if output.finished:
                             self._alone[adapter, prompt] = answer_of(output)
-        found = {"requests": 0, "identical": 0, "ties": 0, "wrong": 0}
+        found = {"requests": 0, "identical": 0, "ties": 0, "wrong": 0, "beside others": 0}
         asked: dict[str, tuple[int, int]] = {}
         left = requests
         while left or self._engine.has_unfinished_requests():
@@ -110,6 +144,7 @@ class Trial:
                 self._ask(str(left), adapter, prompt, self._chance.randint(1, LONGEST))
             for output in self._engine.step():
                 if output.finished:
+                    found["beside others"] += len({it for it, _ in asked.values()}) > 1
                     alone = self._alone[asked.pop(output.request_id)]
                     found["requests"] += 1
                     found[compared(answer_of(output), alone)] += 1
@@ -146,4 +181,4 @@ def compared(found: Answer, alone: Answer) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
