@@ -1,11 +1,14 @@
 """Real nodes that are killed while they answer.
 
-    python -m tests.killed_nodes [--kills 20] [--seed N]
+    python -m tests.killed_nodes [--kills 20] [--alone 3] [--seed N]
 
 Two nodes with the tests' model, and a backend. One of the nodes is killed and started again beside
 24 streams: `kills` times at a random instant of their first 50 ms, and as often when four streams
-of it have begun. Prints as JSON how many answers there were, how many of them moved and how many
-could be compared; fails unless each is whole, token for token.
+of it have begun. Then one node without another is killed when four streams have begun, `alone`
+times. Prints as JSON how many answers there were, how many of them moved and how many could be
+compared, and how many of the lone node's ended as errors. Exit status 1 unless each of the first is
+whole, token for token, and none of the lone node's that it had begun looks complete without being
+so; where nothing was shown, since none moved or ended as an error; and if it has not ended in time.
 """
 
 import argparse
@@ -29,6 +32,10 @@ from tests.programs import Program, free_port, program, wait_until, wait_until_a
 from tests.test_lifecycle import family, node
 
 STREAMS, TOKENS = 24, 150
+BEGUN = 4
+"""Streams of the node that is killed in mid-stream."""
+EACH_S = 240.0
+"""What a kill may take at most, on average, with the start of another node."""
 
 
 @dataclass
@@ -41,6 +48,8 @@ class Stream:
     ended: bool = False
     """As a whole answer does."""
     tokens: int | None = None
+    said_why: str = ""
+    """The code of the error that ended it."""
 
 
 async def _ask(http: httpx.AsyncClient, stream: Stream, model: str) -> None:
@@ -64,6 +73,7 @@ async def _ask(http: httpx.AsyncClient, stream: Stream, model: str) -> None:
                 stream.ended |= line == "data: [DONE]"
                 if line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data: "))
+                    stream.said_why = event.get("error", {}).get("code") or stream.said_why
                     for choice in event.get("choices", ()):
                         stream.said += choice["delta"].get("content") or ""
                     if event.get("usage"):
@@ -161,7 +171,7 @@ async def busy(streams: list[Stream]) -> str:
     def found() -> bool:
         wallets.clear()
         wallets.update(it.first for it in streams if it.said and not it.ended)
-        return bool(wallets) and max(wallets.values()) >= 4
+        return bool(wallets) and max(wallets.values()) >= BEGUN
 
     await wait_until_async(found, 60, "four streams of one node")
     return wallets.most_common()[0][0]
@@ -174,10 +184,12 @@ def assert_whole(streams: list[Stream], expected: dict[str, str]) -> None:
         assert it.said == expected.get(it.question, it.said)
 
 
-async def kill_nodes(folder: Path, *, kills: int, seed: int) -> Counter[str]:
-    """What became of the answers. Raises AssertionError when one is not whole."""
+async def kill_nodes(folder: Path, *, kills: int, alone: int, seed: int) -> Counter[str]:
+    """What became of the answers. Raises AssertionError when one is not what it must be, and
+    TimeoutError."""
     chance, found = random.Random(seed), Counter[str]()
-    async with Pair(folder) as pair:
+    limit_s = 2 * NODE_STARTS_S + EACH_S * (2 * kills + alone)
+    async with asyncio.timeout(limit_s), Pair(folder) as pair:
         expected = await certain(pair.backend)
         for number in range(2 * kills):
             async with asked(pair.backend) as streams:
@@ -193,19 +205,59 @@ async def kill_nodes(folder: Path, *, kills: int, seed: int) -> Counter[str]:
             found["compared"] += sum(it.question in expected for it in streams)
             print(f"kill {number + 1} of {2 * kills}: {dict(found)}", file=sys.stderr, flush=True)
             await asyncio.to_thread(pair.start)
+        kill(pair.nodes.pop(chance.choice(list(pair.nodes))))
+        for number in range(alone):
+            async with asked(pair.backend) as streams:
+                kill(pair.nodes.pop(await busy(streams)))
+            found += judged_alone(streams, expected)
+            print(f"alone {number + 1} of {alone}: {dict(found)}", file=sys.stderr, flush=True)
+            if number + 1 < alone:
+                await asyncio.to_thread(pair.start)
     return found
 
 
-def main() -> None:
+def judged_alone(streams: list[Stream], expected: dict[str, str]) -> Counter[str]:
+    """What became of the answers of a node that was killed while there was no other. Raises
+    AssertionError where one in part looks complete."""
+    assert_whole([it for it in streams if it.ended], expected)
+    broken = [it for it in streams if it.said and not it.ended]
+    assert all(it.tokens is None and it.said_why == "node_failed" for it in broken), broken
+    assert not any(it.moved for it in broken)
+    return Counter({"alone: answers": len(streams), "alone: errors": len(broken)})
+
+
+def problems(found: Counter[str], kills: int, alone: int) -> list[str]:
+    """Why a run that lost nothing has failed all the same, or shown nothing."""
+    said = []
+    for what, most in (("answers", 2 * kills), ("alone: answers", alone)):
+        if not 0 < most * STREAMS == found[what]:
+            said.append(f"{what}: {found[what]}, of {most * STREAMS}")
+    if found["moved"] < kills:
+        said.append(f"{found['moved']} answers moved in {kills} kills in mid-stream")
+    if found["compared"] <= found["answers"] // 2:
+        said.append(f"only {found['compared']} answers could be compared")
+    if found["alone: errors"] < alone:
+        said.append(f"{found['alone: errors']} answers of a lone node ended as errors")
+    return said
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--alone", type=int, default=3)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     options = parser.parse_args()
     print(f"seed {options.seed}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
-        found = asyncio.run(kill_nodes(Path(name), kills=options.kills, seed=options.seed))
-    print(json.dumps(dict(found) | {"seed": options.seed}))
+        found = asyncio.run(
+            kill_nodes(Path(name), kills=options.kills, alone=options.alone, seed=options.seed)
+        )
+    print(json.dumps(dict(found) | {"seed": options.seed}), flush=True)
+    said = problems(found, options.kills, options.alone)
+    for problem in said:
+        print(problem, file=sys.stderr)
+    return int(bool(said))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
