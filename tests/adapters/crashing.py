@@ -17,6 +17,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from tests.programs import free_port
 RANK = 512
 LONGEST_S = 120
 """Of a fetch: one that has not ended by then never would."""
+_PIECE = 1 << 16
 _RESUMED = 0.05
 """Of those killed, that must have left something to go on with."""
 
@@ -130,14 +133,36 @@ def _fetch(store: Path, cid: CID, port: int) -> None:
     asyncio.run(supply.obtain(cid))
 
 
-async def serve_car(path: Path, port: int) -> None:
-    """A gateway that has what is in the CAR file."""
-    blocks = car.CarFile(path)
+@dataclass
+class Given:
+    """What a gateway gave."""
+
+    bytes: int = 0
+
+
+async def serve_car(
+    path: Path, port: int, *, takes_s: float = 0.0, given: Given | None = None
+) -> None:
+    """A gateway that has what is in the CAR file, and gives all of it in `takes_s` seconds."""
+    blocks, size = car.CarFile(path), path.stat().st_size
+    given = given or Given()
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        if request.query["format"] == "car":
-            return web.FileResponse(path)
-        return web.Response(body=blocks.block(CID.parse(request.match_info["cid"])))
+        is_car = request.query["format"] == "car"
+        cid = CID.parse(request.match_info["cid"])
+        if (data := path.read_bytes() if is_car else blocks.block(cid)) is None:
+            raise web.HTTPNotFound
+        response = web.StreamResponse()
+        response.content_length = len(data)
+        await response.prepare(request)
+        with suppress(ConnectionResetError):  # who fetched it was killed
+            for start in range(0, len(data), _PIECE):
+                await response.write(piece := data[start : start + _PIECE])
+                given.bytes += len(piece)
+                if takes_s:
+                    await asyncio.sleep(takes_s * len(piece) / size)
+            await response.write_eof()
+        return response
 
     app = web.Application()
     app.router.add_get("/ipfs/{cid}", answer)
