@@ -27,13 +27,16 @@ conformance: setup ## REQUESTS=10000 fuzzed requests by the API's own document; 
 	$(PYTHON_BIN) -m tests.conformance.schema --requests $(or $(REQUESTS),10000) \
 	  $(if $(SEED),--seed $(SEED))
 
-chaos: setup ## SECONDS=600 of failing nodes beside the backend, KILLS=100 before and after a token, REAL=20 of real nodes
-	$(PYTHON_BIN) -m tests.backend.chaos --seconds $(or $(SECONDS),600)
+chaos: setup ## SECONDS=600, or until ANSWERS, of failing nodes, on each database; KILLS=100 before and after a token, and of a lone node; REAL=20 of real nodes
+	$(PYTHON_BIN) -m tests.backend.chaos --seconds $(or $(SECONDS),600) --answers $(or $(ANSWERS),0)
+	$(PYTHON_BIN) -m tests.backend.chaos --seconds $(or $(SECONDS),600) --answers $(or $(ANSWERS),0) \
+	  --database postgresql --routers 2
 	$(PYTHON_BIN) -m tests.backend.killing --kills $(or $(KILLS),100)
 	$(PYTHON_BIN) -m tests.killed_nodes --kills $(or $(REAL),20)
 
-power-cut: setup ## kill everything CUTS=200 times at random instants, and NODES=3 times with a real node
-	$(PYTHON_BIN) -m tests.resilience.power_cut --cuts $(or $(CUTS),200) --nodes $(or $(NODES),3)
+power-cut: setup ## kill everything CUTS=200 times at random instants, and NODES=3 times with a real node; DATABASE=postgresql
+	$(PYTHON_BIN) -m tests.resilience.power_cut --cuts $(or $(CUTS),200) --nodes $(or $(NODES),3) \
+	  --database $(or $(DATABASE),sqlite)
 
 protections: setup ## take each protection away, and see that its test fails; ARGS="3 17" some of them
 	$(PYTHON_BIN) -m tests.resilience.off $(ARGS)
