@@ -68,7 +68,10 @@ def run(folder: Path, kills: int, seed: int) -> tuple[dict[str, int], list[str]]
     adapter = tiny.make_adapter(folder / "adapter", seed=1, rank=RANK)
     cid = pack(adapter, folder / "adapter.car")
     port = free_port()
-    gateway = _forked(lambda: asyncio.run(serve_car(folder / "adapter.car", port)), longest_s=0)
+    gateway = _forked(
+        lambda: asyncio.run(serve_car(folder / "adapter.car", port)),
+        longest_s=(kills + 5) * LONGEST_S,  # should this process be killed
+    )
     wrong: list[str] = []
     found = {"killed": 0, "ended": 0, "resumed": 0}
     try:
@@ -173,7 +176,7 @@ async def serve_car(
 
 
 def _forked(work: Callable[[], object], longest_s: int = LONGEST_S) -> int:
-    """The child, which SIGALRM ends after `longest_s` seconds; never if that is 0."""
+    """The child, which SIGALRM ends after `longest_s` seconds."""
     child = os.fork()
     if child:
         return child

@@ -51,7 +51,7 @@ LONGEST = 24
 """Words of an answer."""
 _LATE_S = 60.0
 """After `seconds`: for the answers that are under way."""
-_CODE = re.compile(rb'"code": "([a-z_]+)"')
+_CODE = re.compile(rb'"code": ?"([a-z_]+)"')
 
 
 def words(cid: str, question: str, count: int | None = None) -> list[str]:
@@ -221,14 +221,12 @@ class Clients:
                 async for piece in answer.aiter_raw():
                     body += piece
         except httpx.TransportError as error:
-            said = type(error).__name__
             if events and b"[DONE]" in body:
                 self.found.wrong.append(f"{question} broke and looks complete: {body!r}")
-            if status != "200":
-                said = f"{said} at {status}"
-            elif events:
-                code = _CODE.search(body)
-                said = code[1].decode() if code else "without an error event"
+            code = _CODE.search(body) if events else None
+            said = code[1].decode() if code else "plain text"
+            if status != "200" or (events and not code):
+                said = f"{type(error).__name__} at {status}, and no event says so"
             self.found.counts[f"broken: {said}: {self._cause(asking)}"] += 1
             return
         if status != "200":

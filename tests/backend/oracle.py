@@ -18,6 +18,9 @@ NO_OTHER, NOT_IN_TIME, MOST = "no other holder", "none in time", f"{MOST_NODES} 
 STOOD_STILL = "the machine stood still"
 EXCUSES = (NO_OTHER, NOT_IN_TIME, MOST, STOOD_STILL)
 """For which an answer may end as an error, or be refused."""
+BROKEN = ("broken: node_failed:", "broken: plain text:")
+"""How an answer may end as an error: by an event that says so, or, where there are no events, by
+its connection."""
 MOST_STILL = 0.01
 """Of the answers, that the machine may break: else the run has told nothing."""
 
@@ -104,11 +107,9 @@ class Told:
 
     def holds(self, cid: str, since: float) -> bool:
         """Whether no backend can have thought otherwise since then."""
-        return bool(self._tellings) and self.possible(since) == {cid} and self._is_known(since)
-
-    def _is_known(self, since: float) -> bool:
-        taken_at = self._tellings[-1].taken_at
-        return taken_at is not None and taken_at + self._lag_s <= since
+        last = self._tellings[-1] if self._tellings else _Telling("")
+        is_known = last.taken_at is not None and last.taken_at + self._lag_s <= since
+        return is_known and last.cid == cid
 
 
 @dataclass
@@ -200,9 +201,11 @@ class Found:
 
 
 def unexcused(counts: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Answers that broke or were refused though they need not have been."""
+    """Answers that broke or were refused though they need not have been, or not so."""
     return [
         (it, n)
         for it, n in counts
-        if it.startswith(("broken", "refused")) and not it.endswith(EXCUSES)
+        if it.startswith(("broken", "refused"))
+        and not it.endswith(STOOD_STILL)
+        and not (it.endswith(EXCUSES) and it.startswith(("refused", *BROKEN)))
     ]

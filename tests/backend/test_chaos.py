@@ -67,8 +67,11 @@ GOOD = {what: 3 for what in SHOWN} | {"whole": 100, "routed": 120}
         ({f"refused: 500 of a node: {NOT_IN_TIME}": 2}, ""),
         ({"broken: node_failed: another holder was not asked": 1}, "another holder was not asked"),
         ({"refused: 503 no_node: a node answers": 1}, "a node answers"),
-        ({f"broken: ReadError: {STOOD_STILL}": 1}, ""),
-        ({f"broken: ReadError: {STOOD_STILL}": 2}, "too busy"),
+        ({f"broken: plain text: {NO_OTHER}": 1}, ""),
+        ({f"broken: adapter_not_ready: {NO_OTHER}": 1}, "adapter_not_ready"),
+        ({f"broken: ReadError at 200, and no event says so: {NO_OTHER}": 1}, "no event says so"),
+        ({f"broken: ReadError at 200, and no event says so: {STOOD_STILL}": 1}, ""),
+        ({f"broken: plain text: {STOOD_STILL}": 2}, "too busy"),
     ],
 )
 def test_a_run_is_good_only_if_it_has_shown_something(counts: dict[str, int], said: str) -> None:
