@@ -157,8 +157,8 @@ async def serve_car(
             raise web.HTTPNotFound
         response = web.StreamResponse()
         response.content_length = len(data)
-        await response.prepare(request)
         with suppress(ConnectionResetError):  # who fetched it was killed
+            await response.prepare(request)
             for start in range(0, len(data), _PIECE):
                 await response.write(piece := data[start : start + _PIECE])
                 given.bytes += len(piece)
