@@ -109,10 +109,17 @@ PROPERTIES = (
             "tests/node/test_heartbeat.py::test_a_backend_that_forgot_it_gets_a_registration",
             "tests/node/test_heartbeat.py::test_a_partition_of_minutes_is_over_within_two_beats",
             "tests/backend/test_outages.py",
+            "tests/backend/test_routing.py::test_after_a_partition_all_nodes_get_their_share_at_once",
         ),
         (
             Switch(
                 *("node/heartbeat.py", "min(delay * 2, self._interval)", "delay * 2"),
+                "tests/node/test_heartbeat.py::test_a_partition_of_minutes_is_over_within_two_beats",
+            ),
+            Switch(
+                "node/heartbeat.py",
+                "min(refused.retry_after / (1 - _JITTER), self._interval)",
+                "refused.retry_after",
                 "tests/node/test_heartbeat.py::test_a_partition_of_minutes_is_over_within_two_beats",
             ),
         ),
@@ -249,23 +256,47 @@ PROPERTIES = (
     Property(
         12,
         "slow senders and endless bodies cost nobody else",
-        ("tests/node/test_limits.py", "tests/node/test_early.py", "tests/test_bounded_http.py"),
+        (
+            "tests/node/test_limits.py",
+            "tests/node/test_early.py",
+            "tests/test_bounded_http.py",
+            "tests/backend/test_slow_senders.py",
+        ),
         (
             Switch(
                 *("node/limits.py", "async with asyncio.timeout(self._seconds):"),
                 "async with asyncio.timeout(None):",
                 "tests/node/test_limits.py::test_a_slow_sender_is_cut_off_while_others_are_served",
             ),
+            Switch(
+                "backend/server.py",
+                "http=bounded_http.bounded(settings.header_bytes, settings.header_timeout),",
+                "",
+                "tests/backend/test_slow_senders.py::test_a_head_without_an_end_is_refused",
+            ),
+            Switch(
+                *("backend/bodies.py", "async with asyncio.timeout(room.seconds):"),
+                "async with asyncio.timeout(None):",
+                "tests/backend/test_slow_senders.py::test_a_request_that_does_not_come_is_cut_off_while_others_are_served",
+            ),
+            Switch(
+                *("backend/bodies.py", "if more > room.left:", "if False:"),
+                "tests/backend/test_slow_senders.py::test_bodies_that_stop_in_the_middle_fill_no_more_than_their_room",
+            ),
         ),
         "make bench-front-door",
     ),
     Property(
         13,
-        "from slow, lying and vanished sources, onto a full disk: no adapter in part",
+        "from slow, lying and vanished sources, onto a full or read-only disk: no adapter in part",
         (
             "tests/ipfs/test_fetch.py",
+            "tests/ipfs/test_failing.py",
+            "tests/adapters/test_full_disk.py",
+            "tests/adapters/test_read_only.py",
             "tests/adapters/test_room.py",
             "tests/adapters/test_store.py",
+            "tests/node/test_cut_off.py",
         ),
         (
             Switch(
@@ -273,6 +304,16 @@ PROPERTIES = (
                 "return _HASHES[self.hash_code][1](data) == self.digest",
                 "return True",
                 "tests/ipfs/test_fetch.py::test_a_liar_is_named_and_nothing_of_it_is_kept",
+            ),
+            Switch(
+                *("ipfs/tree.py", "_require_room(place.path, node.size)", "pass"),
+                "tests/adapters/test_full_disk.py::test_what_does_not_fit_is_refused_with_its_size_before_it_takes_the_room",
+            ),
+            Switch(
+                "adapters/store.py",
+                "return os.open(path, os.O_RDONLY | os.O_CLOEXEC)",
+                "raise",
+                "tests/adapters/test_read_only.py::test_what_is_in_it_is_served_and_nothing_is_touched",
             ),
         ),
         "make crash",
@@ -335,8 +376,14 @@ PROPERTIES = (
         (
             "tests/resilience/test_power_cut.py",
             "tests/adapters/test_store.py::test_what_a_power_cut_damaged_is_dropped_and_fetched_again",
+            "tests/adapters/test_power_cut.py",
+            "tests/backend/test_slow_senders.py::test_what_is_acknowledged_is_on_the_disk",
         ),
         (
+            Switch(
+                *("backend/database.py", "PRAGMA synchronous=FULL", "PRAGMA synchronous=NORMAL"),
+                "tests/backend/test_slow_senders.py::test_what_is_acknowledged_is_on_the_disk",
+            ),
             Switch(
                 "adapters/manifest.py",
                 "return bool(manifest.get(_BOOT, boot_id()) != boot_id())",
@@ -358,9 +405,24 @@ PROPERTIES = (
             "tests/cli/test_cli.py::test_a_taken_port_is_said_at_once",
             "tests/backend/test_server.py::test_a_port_in_use_is_a_sentence",
             "tests/backend/test_signatures.py::test_clocks_may_differ_by_a_minute",
+            "tests/backend/test_signatures.py::test_a_clock_that_is_set_back_keeps_no_node_out",
+            "tests/node/test_signing.py::test_a_process_begins_anew_where_its_clock_is_set_back",
             "tests/backend/test_endpoints.py::test_a_host_that_does_not_resolve_is_the_clients_mistake",
+            "tests/node/test_names.py",
         ),
         (
+            Switch(
+                *("backend/claims.py", ", _NODES.c.boot >= not_yet(claim))", ")"),
+                "tests/backend/test_signatures.py::test_a_clock_that_is_set_back_keeps_no_node_out",
+            ),
+            Switch(
+                *(
+                    "node/signer.py",
+                    "if now < self._began - TOLERANCE_S or self._began < self._latest:",
+                ),
+                "if False:",
+                "tests/node/test_signing.py::test_a_process_begins_anew_where_its_clock_is_set_back",
+            ),
             Switch(
                 "state_dir.py",
                 "fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)",
