@@ -1,8 +1,8 @@
 """What is asked and answered stays out of the logs, at every level.
 
-vLLM's handlers, its parsers and asyncio quote a request in what they log: at DEBUG the text of each
-error, in a traceback the value that was wrong. A record of theirs keeps its template and the
-numbers in it; texts, and what exceptions say, are left out.
+vLLM's handlers, its parsers, asyncio and HTTP clients quote a request in what they log: at DEBUG
+the text of each error, in a traceback the value that was wrong. A record of theirs keeps its
+template and the numbers in it; texts, and what exceptions say, are left out.
 """
 
 import logging
@@ -15,6 +15,8 @@ from typing import Any
 
 LOGGERS = (
     "asyncio",
+    "httpcore",
+    "httpx",
     "uvicorn.error",
     "vllm.entrypoints",
     "vllm.inputs",

@@ -159,14 +159,14 @@ class Course:
         if self.begun:
             status = beginning.response.status_code
             if status != 200 or kind != self.kind:
-                raise NodeFailed(f"it does not go on with the answer: {status} {kind[:100]!r}")
+                raise NodeFailed(f"it does not go on with the answer: {status}, or of another kind")
             if (by_steps or (cid and self.cid)) and (adapter, cid) != (self.adapter, self.cid):
-                raise NodeFailed(f"it does not go on with {self.cid}: it has {cid!r}")
+                raise NodeFailed("it does not go on with the answer: it has another version")
             if by_steps and not framed:
                 raise NodeFailed("it does not go on with the answer: it sends no frames")
             return framed, by_steps
         if adapter and self._name and adapter != self._name:
-            raise NodeFailed(f"it answered as {adapter[:100]!r}")
+            raise NodeFailed(f"it answered as another adapter than {self._name!r}")
         self.kind, self.adapter, self.cid = kind, adapter, cid
         self._status = beginning.response.status_code
         self.base_model = node.base_model

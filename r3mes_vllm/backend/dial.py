@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _FULL = {429, 503}
 _KEEPALIVE_S = 2.0
 _URLS = 4096
 """Parsed and kept."""
+_QUOTE = re.compile(r"[:'\"].*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ def http_client(timeouts: Timeouts) -> httpx.AsyncClient:
     )
 
 
+def told(error: Exception) -> str:
+    """For the log: what came and is no HTTP, which `error` quotes, may be of somebody's answer."""
+    if isinstance(error, httpx.ProtocolError):
+        return f"{type(error).__name__}({_QUOTE.sub('', str(error))!r})"
+    return repr(error)
+
+
 def _patience(timeouts: Timeouts) -> httpx.Timeout:
     return httpx.Timeout(None, connect=timeouts.connect, write=timeouts.between_bytes)
 
@@ -149,7 +158,7 @@ class Dialler:
                         self._dial_failed(node)
                         failure = failure or error
                     except (NodeFailed, httpx.TransportError) as error:
-                        log.warning("node %s gave no answer: %r", node.wallet_address, error)
+                        log.warning("node %s gave no answer: %s", node.wallet_address, told(error))
                         failure = error
         except TimeoutError as error:
             limit = self._timeouts.first_byte

@@ -16,7 +16,7 @@ import httpx
 from r3mes_vllm import strict_json
 from r3mes_vllm.backend import translation
 from r3mes_vllm.backend.course import EVENTS
-from r3mes_vllm.backend.dial import Timeouts
+from r3mes_vllm.backend.dial import Timeouts, told
 from r3mes_vllm.backend.events import read_events, refuse_half
 from r3mes_vllm.backend.headers import RawHeaders, of_fallback, to_fallback
 from r3mes_vllm.backend.refusals import NodeFailed, NodeTimedOut
@@ -95,7 +95,7 @@ class Substitute:
             async for piece in self.rest:
                 yield piece
         except httpx.HTTPError as error:
-            raise NodeFailed(f"it broke off: {error!r}") from error
+            raise NodeFailed(f"it broke off: {told(error)}") from error
 
     async def aclose(self) -> None:
         await self.rest.aclose()
@@ -131,7 +131,7 @@ class Server:
         except TimeoutError as error:
             raise NodeTimedOut(f"it did not begin to answer within {limit:g} s") from error
         except httpx.HTTPError as error:
-            raise NodeFailed(f"it gave no answer: {error!r}") from error
+            raise NodeFailed(f"it gave no answer: {told(error)}") from error
 
     async def _begin(self, asked: Asked) -> Substitute:
         where = self._where()

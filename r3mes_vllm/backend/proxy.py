@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from r3mes_vllm.backend.course import EVENTS, STREAMS, Course
-from r3mes_vllm.backend.dial import TRY_ANOTHER, Ask, Beginning, Dialler, Outgoing, Timeouts
+from r3mes_vllm.backend.dial import TRY_ANOTHER, Ask, Beginning, Dialler, Outgoing, Timeouts, told
 from r3mes_vllm.backend.elsewhere import Substitute
 from r3mes_vllm.backend.headers import RawHeaders, to_client
 from r3mes_vllm.backend.known import KnownNode
@@ -150,7 +150,7 @@ class Relay(Response):
                 await self._pass_on(course, beginning, client)
                 return
             except (httpx.TransportError, NodeFailed) as error:
-                log.warning("request %s: node %s broke off: %r", request_id, wallet, error)
+                log.warning("request %s: node %s broke off: %s", request_id, wallet, told(error))
                 if not resumed:  # else it may have been given nonsense to go on with
                     beginning.flight.broke()
             finally:
