@@ -51,7 +51,7 @@ bench-gpu: setup ## the same with Llama shapes of 1B and 8B and random weights; 
 	    $(PYTHON_BIN) -m r3mes_vllm bench $$suite --model $$model $(ARGS) || failed=$$?; \
 	    [ $$failed -ne 130 ] || exit 130; done; done; exit $$failed
 
-bench-front-door: setup ## what a thousand half-open connections cost everybody else
+bench-front-door: setup ## what half-open connections and malformed requests cost everybody else
 	$(PYTHON_BIN) -m r3mes_vllm bench half-open $(ARGS)
 
 bench-router: setup ## what the backend adds to a stream, and how it grows

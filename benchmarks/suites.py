@@ -60,7 +60,7 @@ _ALL = [
     ),
     Suite(
         "half-open",
-        "What a thousand half-open connections cost everybody else.",
+        "What a thousand half-open connections, and malformed requests, cost everybody else.",
         "benchmarks.front_door",
         rounds=6,
         model=False,
