@@ -5,6 +5,8 @@ that looks for those takes half an answer for all of it. Here the event is the l
 and the connection breaks before the terminating chunk.
 """
 
+from asyncio import CancelledError
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -48,7 +50,7 @@ class Endings:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception:
+        except (Exception, CancelledError):  # the latter when the server ends
             # vLLM's responses break off without a word
             if events and not told:
                 await send(_more(_EVENT))

@@ -6,21 +6,26 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import pytest
 import uvicorn
+from httpx import AsyncClient, RemoteProtocolError
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.node.drain import Drain
+from r3mes_vllm.node.endings import Endings
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.node.load import Load
-from r3mes_vllm.node.restart import LINGER_S, Restart
+from r3mes_vllm.node.restart import LINGER_S, Restart, end
 from r3mes_vllm.wire import DRAINING, RegisterNode
 from tests.backend.stand_ins import StandIn, answers, serving, wallet
-from tests.programs import wait_until_async
+from tests.programs import free_port, wait_until_async
 
 LIMIT_S = 0.5
 
@@ -81,3 +86,40 @@ async def test_what_never_ends_is_aborted_at_the_limit(node: Node) -> None:
     assert node.load.running
     assert node.server.should_exit
     assert node.server.config.timeout_graceful_shutdown == 0 < LINGER_S
+
+
+async def endless(request: Request) -> Response:
+    async def body() -> AsyncIterator[str]:
+        yield 'data: {"choices": [{"text": "To be"}]}\n\n'
+        await asyncio.Event().wait()
+
+    return StreamingResponse(body(), media_type=f"text/{request.path_params['kind']}")
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("kind", ["plain", "event-stream"])
+async def test_a_stream_that_is_aborted_ends_as_an_error(http: str, kind: str) -> None:
+    app = Endings(Starlette(routes=[Route("/v1/{kind}", endless)]))
+    config = uvicorn.Config(
+        app, port=(port := free_port()), http=http, log_level="critical", lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = nullcontext  # type: ignore[assignment, method-assign]
+    serving = asyncio.create_task(server.serve())
+    await wait_until_async(lambda: server.started, 10, "the server")
+    said, broken = "", False
+    try:
+        async with (
+            AsyncClient() as client,
+            client.stream("GET", f"http://127.0.0.1:{port}/v1/{kind}") as answer,
+        ):
+            async for part in answer.aiter_text():
+                said += part
+                end(server, linger_s=0)
+    except RemoteProtocolError:
+        broken = True
+    await asyncio.wait_for(serving, 10)
+    assert broken
+    assert said.count("To be") == 1
+    assert "[DONE]" not in said
+    assert ("event: error\n" in said) == (kind == "event-stream")
