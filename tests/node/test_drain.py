@@ -6,8 +6,10 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import nullcontext, suppress
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -16,76 +18,98 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from r3mes_vllm.backend.app import create_app
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.node.drain import Drain
 from r3mes_vllm.node.endings import Endings
 from r3mes_vllm.node.heartbeat import Registration
 from r3mes_vllm.node.load import Load
 from r3mes_vllm.node.restart import LINGER_S, Restart, end
+from r3mes_vllm.settings import load as load_settings
 from r3mes_vllm.wire import DRAINING, RegisterNode
 from tests.backend.stand_ins import StandIn, answers, serving, wallet
 from tests.programs import free_port, wait_until_async
 
+NODE = RegisterNode(
+    wallet_address=wallet(1), endpoint_url="http://127.0.0.1:9", available_lora_list=["legal"]
+)
+PROMISED_S = 1.0
+"""From the signal until no request comes any more."""
 LIMIT_S = 0.5
 
 
 @dataclass
 class Node:
-    """Registered at `backend`, with one request that runs."""
+    """Registered at the backend at `url`, with one request that runs."""
 
-    backend: StandIn
+    url: str
     load: Load
     server: uvicorn.Server
     draining: asyncio.Task[None]
 
 
-@pytest.fixture
-async def node(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Node]:
-    monkeypatch.setattr(Restart, "ended", False)
-    backend = StandIn(answers(200, {"success": True}))
-    described = RegisterNode(
-        wallet_address=wallet(1), endpoint_url="http://127.0.0.1:9", available_lora_list=["legal"]
-    )
+@asynccontextmanager
+async def registered(backend: ASGIApp, limit_s: float) -> AsyncIterator[Node]:
     async with serving(backend) as url, BackendClient(url) as client:
         load, server = Load(10), uvicorn.Server(uvicorn.Config(Starlette()))
-        registration = Registration(client, lambda: described, lambda: load.running, 30)
+        registration = Registration(client, lambda: NODE, lambda: load.running, 30)
         network = asyncio.create_task(registration.run())
-        drain = Drain(load, request.param)
+        drain = Drain(load, limit_s)
         drain.catch_signals()
         draining = asyncio.create_task(drain.run(server, registration, network))
         await wait_until_async(lambda: bool(registration.accepted_at), 10, "the registration")
         with load.counted():
-            yield Node(backend, load, server, draining)
+            yield Node(url, load, server, draining)
         draining.cancel()
-        with suppress(asyncio.CancelledError):
-            await draining
+        await asyncio.gather(draining, return_exceptions=True)
 
 
-@pytest.mark.parametrize("node", [60.0], indirect=True)
-async def test_the_first_thing_is_to_tell_the_backend(node: Node) -> None:
-    told, began = len(node.backend.seen), time.monotonic()
+@pytest.fixture(autouse=True)
+def _no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Restart, "ended", False)
+
+
+def sigterm() -> float:
     os.kill(os.getpid(), signal.SIGTERM)
-    await wait_until_async(lambda: len(node.backend.seen) > told, 10, "the backend to hear of it")
-    assert time.monotonic() - began < 1
-    first = node.backend.seen[told]
-    assert first.path == "/api/serving-node/heartbeat"
-    assert json.loads(first.body)["status"] == DRAINING
-    assert node.load.draining
-    assert not node.server.should_exit
+    return time.monotonic()
 
 
-@pytest.mark.parametrize("node", [LIMIT_S], indirect=True)
-async def test_what_never_ends_is_aborted_at_the_limit(node: Node) -> None:
-    began = time.monotonic()
-    os.kill(os.getpid(), signal.SIGTERM)
-    await asyncio.wait_for(node.draining, 10)
-    assert time.monotonic() - began >= LIMIT_S
-    assert node.load.running
-    assert node.server.should_exit
-    assert node.server.config.timeout_graceful_shutdown == 0 < LINGER_S
+async def test_the_first_thing_is_to_tell_the_backend() -> None:
+    backend = StandIn(answers(200, {"success": True}))
+    async with registered(backend, 60) as node:
+        told = len(backend.seen)
+        sigterm()
+        await wait_until_async(lambda: len(backend.seen) > told, 10, "the backend to hear of it")
+        assert backend.seen[told].path == "/api/serving-node/heartbeat"
+        assert json.loads(backend.seen[told].body)["status"] == DRAINING
+        assert node.load.draining
+        assert not node.server.should_exit
+
+
+async def test_no_request_is_routed_to_it_after_a_second(tmp_path: Path) -> None:
+    given = {"database_url": f"sqlite:///{tmp_path / 'backend.sqlite3'}"}
+    backend = create_app(load_settings(given | {"allow_private_nodes": True}))
+    async with registered(backend, 60) as node, AsyncClient(base_url=node.url) as client:
+        listed = partial(client.get, "/api/serving-node/list", params={"lora": "legal"})
+        assert (await listed()).json()["count"] == 1
+        began = sigterm()
+        while (await listed()).json()["count"]:
+            assert time.monotonic() - began < PROMISED_S
+        assert time.monotonic() - began < PROMISED_S
+        assert node.load.running
+        assert not node.server.should_exit
+
+
+async def test_what_never_ends_is_aborted_at_the_limit() -> None:
+    async with registered(StandIn(answers(200, {"success": True})), LIMIT_S) as node:
+        began = sigterm()
+        await asyncio.wait_for(node.draining, 10)
+        assert time.monotonic() - began >= LIMIT_S
+        assert node.load.running
+        assert node.server.should_exit
+        assert node.server.config.timeout_graceful_shutdown == 0 < LINGER_S
 
 
 async def endless(request: Request) -> Response:
