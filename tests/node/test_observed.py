@@ -4,11 +4,13 @@ was said."""
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,12 +20,18 @@ from tests.programs import Program, free_port, program, wait_until
 
 DOC = (Path(__file__).parents[2] / "docs" / "node.md").read_text()
 
-PROMPT, SYSTEM, KEY, WRONG_KEY, ADMIN = (
+PROMPT, SYSTEM, ANSWER, KEY, WRONG_KEY, ADMIN = (
     f"planted-{what}-{number}"
-    for number, what in enumerate(("prompt", "system", "key", "wrong-key", "admin"), start=6817)
+    for number, what in enumerate(
+        ("prompt", "system", "answer", "key", "wrong-key", "admin"), start=6817
+    )
 )
 WALLET = "remes1" + "planted" + "a" * 31
-PLANTED = (PROMPT, SYSTEM, KEY, WRONG_KEY, ADMIN, WALLET)
+PLANTED = (PROMPT, SYSTEM, ANSWER, KEY, WRONG_KEY, ADMIN, WALLET)
+FORCED: dict[str, Any] = {"structured_outputs": {"choice": [ANSWER]}, "max_tokens": 60}
+"""The model answers with what is planted, and nothing else."""
+BROKEN_CALL = "<tool_call>{" + ANSWER
+SAMPLED = {"temperature": 2, "seed": 6824, "ignore_eos": True}
 
 
 def metrics(url: str, **headers: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -147,7 +155,17 @@ class Asked:
 
     node: Program
     statuses: dict[str, int]
+    bodies: dict[str, str]
     lines: list[dict[str, Any]]
+
+    @property
+    def answers(self) -> list[str]:
+        """That nobody could foresee."""
+        return [said(text) for id_, text in self.bodies.items() if id_.startswith("sampled")]
+
+    @property
+    def planted(self) -> list[str]:
+        return [*PLANTED, *(piece for text in self.answers for piece in pieces(text))]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +178,7 @@ def asked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         *("--debug", "serve", "--loras", f"legal={adapter}", "--model", str(tiny_model)),
         *("--backend-url", f"http://127.0.0.1:{free_port()}"),
         *("--host", "127.0.0.1", "--port", str(port), "--log-json"),
+        *("--", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         url=url,
         env={
             "VLLM_LOGGING_LEVEL": "DEBUG",
@@ -168,10 +187,10 @@ def asked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         },
     ) as node:
         node.wait_for("/ready", NODE_STARTS_S)
-        statuses = plant(url)
+        statuses, bodies = plant(url)
         wanted = len(statuses)
         wait_until(lambda: len(lines_of(node)) >= wanted, 10, "a line for each request")
-        yield Asked(node, statuses, lines_of(node))
+        yield Asked(node, statuses, bodies, lines_of(node))
 
 
 def lines_of(node: Program) -> list[dict[str, Any]]:
@@ -183,9 +202,27 @@ def chat(**more: Any) -> dict[str, Any]:
     return {"model": "legal", "messages": messages, "max_tokens": 3} | more
 
 
-def plant(url: str) -> dict[str, int]:
-    """Ask in every way that may be logged; the status of each by the request's id."""
+def said(body: str) -> str:
+    """The text of an answer, whole or in events."""
+    parts = [it.removeprefix("data: ") for it in body.split("\n") if '"choices":' in it]
+    if not parts:
+        return body
+    choices = [choice for it in parts for choice in json.loads(it)["choices"]]
+    texts = [it.get("delta") or it.get("message") or {"content": it.get("text")} for it in choices]
+    return "".join(it.get("content") or "" for it in texts)
+
+
+def pieces(text: str) -> list[str]:
+    """Each so long that nobody else says it."""
+    found = [text[start : start + 16] for start in range(0, len(text) - 15, 8)]
+    return [it for it in found if len(set(it)) > 5]
+
+
+def plant(url: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Ask in every way that may be logged; status and body of each answer by the request's id."""
     v1, completions = "/v1/chat/completions", "/v1/completions"
+    tools = {"tools": [{"type": "function", "function": {"name": "x", "parameters": {}}}]}
+    broken_call = FORCED | tools | {"structured_outputs": {"choice": [BROKEN_CALL]}}
     bodies: list[tuple[str, Any]] = [
         ("/chat", {"message": PROMPT, "lora_name": "legal", "max_tokens": 3}),
         ("/chat", {"message": PROMPT, "wallet_address": WALLET, "stream": False, "max_tokens": 3}),
@@ -214,6 +251,12 @@ def plant(url: str) -> dict[str, int]:
         (completions, {"model": "legal", "prompt": PROMPT, "max_tokens": 3, "stop": [PROMPT]}),
         (completions, {"model": "legal", "prompt": {"a": PROMPT}}),
         (completions, {"model": "legal", "prompt": [[PROMPT]]}),
+        *((v1, chat(**FORCED, stream=stream)) for stream in (False, True)),
+        *((v1, chat(**broken_call, stream=stream)) for stream in (False, True)),
+        (v1, chat(**FORCED, logprobs=True, top_logprobs=2)),
+        (v1, chat(**FORCED, stop=[ANSWER[-3:]])),
+        (completions, {"model": "legal", "prompt": PROMPT, "echo": True, **FORCED}),
+        (completions, {"model": "legal", "prompt": PROMPT, "stream": True, **FORCED}),
         ("/v1/responses", {"model": "legal", "input": PROMPT, "max_output_tokens": 3}),
         ("/v1/responses", {"model": "legal", "input": [{"type": PROMPT, "role": SYSTEM}]}),
         ("/v1/responses", {"model": "legal", "input": PROMPT, "instructions": {"a": SYSTEM}}),
@@ -223,16 +266,18 @@ def plant(url: str) -> dict[str, int]:
     ]
     raw = [b"{" + PROMPT.encode(), b'{"prompt": "' + PROMPT.encode(), b'"' + PROMPT.encode() + b'"']
     statuses: dict[str, int] = {}
+    answers: dict[str, str] = {}
     with httpx.Client(base_url=url, timeout=60) as client:
 
-        def post(path: str, key: str, content: bytes) -> None:
+        def post(path: str, key: str, content: bytes, name: str = "r") -> None:
             headers = {
                 "Authorization": f"Bearer {key}",
-                "X-Request-Id": (id_ := f"r{len(statuses)}"),
+                "X-Request-Id": (id_ := f"{name}{len(statuses)}"),
                 "Content-Type": "application/json",
                 "X-Wallet-Address": WALLET,
             }
-            statuses[id_] = client.post(path, content=content, headers=headers).status_code
+            answer = client.post(path, content=content, headers=headers)
+            statuses[id_], answers[id_] = answer.status_code, answer.text
 
         for path, body in bodies:
             post(path, ADMIN if path == "/adapters" else KEY, json.dumps(body).encode())
@@ -240,24 +285,52 @@ def plant(url: str) -> dict[str, int]:
         for path in ("/chat", v1, completions, "/v1/responses", "/adapters"):
             for content in raw:
                 post(path, ADMIN if path == "/adapters" else KEY, content)
-    return statuses
+        more = SAMPLED | {"max_tokens": 60}
+        for path, body in (
+            ("/chat", more | {"message": PROMPT, "lora_name": "legal"}),
+            (v1, chat(**more)),
+            (v1, chat(**more, stream=True)),
+            (completions, more | {"model": "legal", "prompt": PROMPT}),
+            (completions, more | {"model": "legal", "prompt": PROMPT, "stream": True}),
+        ):
+            post(path, KEY, json.dumps(body).encode(), "sampled")
+    return statuses, answers
+
+
+def quoted(text: str, planted: list[str]) -> list[str]:
+    """What of that is in the text, in whatever way it is written."""
+    return [
+        it
+        for it in planted
+        for written in {it, repr(it)[1:-1], json.dumps(it)[1:-1]}
+        if written in text
+    ]
+
+
+def test_what_is_looked_for_was_answered(asked: Asked) -> None:
+    told = [said(it) for it in asked.bodies.values() if '"choices":' in it]
+    assert sum(it.endswith(ANSWER) for it in told) >= 5
+    assert BROKEN_CALL in told
+    assert len(asked.answers) == 5
+    assert sum(bool(pieces(it)) for it in asked.answers) >= 4, asked.answers
 
 
 def test_nothing_that_was_said_is_in_any_log(asked: Asked) -> None:
-    said = asked.node.output()
-    assert "DEBUG" in said  # vLLM is at its most talkative
-    assert "create_error_response called with" in said
-    found = [
-        line for line in said.splitlines() for it in PLANTED if it in line or repr(it)[1:-1] in line
-    ]
-    assert not found
+    log = asked.node.output()
+    assert "DEBUG" in log  # vLLM is at its most talkative
+    assert "create_error_response called with" in log
+    assert not quoted(log, asked.planted)
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/health", "/adapters", "/ready", "/v1/models"])
 def test_nothing_that_was_said_is_shown(asked: Asked, path: str) -> None:
     answer = httpx.get(asked.node.url + path, headers={"X-API-Key": ADMIN})
     assert answer.status_code == 200
-    assert not [it for it in PLANTED if it in answer.text]
+    assert not quoted(answer.text, asked.planted)
+
+
+def test_no_answer_tells_a_key(asked: Asked) -> None:
+    assert not [it for it in asked.bodies.values() if quoted(it, [KEY, WRONG_KEY, ADMIN])]
 
 
 def test_each_request_has_its_line(asked: Asked) -> None:
@@ -270,7 +343,7 @@ def test_each_request_has_its_line(asked: Asked) -> None:
             assert (line["outcome"], line["adapter"]) == ("complete", "legal")
             assert line["cid"].startswith("baf")
             assert line["prompt_tokens"] > 0
-            assert 0 < line["generated_tokens"] <= 3
+            assert 0 < line["generated_tokens"] <= 60
             assert 0 < line["first_token_s"] <= line["seconds"] < 60
         elif status < 500:
             assert line["outcome"].startswith("refused:")
@@ -300,3 +373,28 @@ def leave(asked: Asked, id_: str) -> dict[str, Any]:
 
     wait_until(lambda: bool(told()), 20, "its line")
     return told()[0]
+
+
+def test_an_engine_that_dies_says_nothing_of_its_answers(asked: Asked) -> None:
+    """The last one: the node starts again, and nobody waits for it."""
+    running = psutil.Process(asked.node.process.pid).children(recursive=True)
+    engine = next(it for it in running if "EngineCore" in " ".join(it.cmdline()))
+    body = SAMPLED | {"model": "legal", "prompt": PROMPT, "max_tokens": 8000, "stream": True}
+    url, told = f"{asked.node.url}/v1/completions", ""
+    with (
+        suppress(httpx.RemoteProtocolError),
+        httpx.stream("POST", url, json=body, headers={"X-API-Key": KEY}, timeout=60) as answer,
+    ):
+        parts = answer.iter_text()
+        while told.count("\n\n") < 100:
+            told += next(parts)
+        engine.kill()
+        for part in parts:
+            told += part
+    wait_until(lambda: "starting again" in asked.node.output(), 30, "the engine's end to be seen")
+    *whole, end = told.rstrip().split("\n\n")
+    assert '"error"' in end
+    found = pieces(said("\n".join(whole)))
+    assert len(found) > 3
+    assert not quoted(end, [KEY, *found])
+    assert not quoted(asked.node.output(), [*PLANTED, *found])
