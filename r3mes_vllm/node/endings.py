@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from r3mes_vllm.errors import EngineError
 from r3mes_vllm.node.load import INFERENCE
+from r3mes_vllm.node.refusals import refusal
 
 # What a model says stands in JSON strings, where a quotation mark has a backslash before it.
 ERROR = b'data: {"error"'
@@ -23,6 +24,7 @@ _EVENT = (
     b'event: error\ndata: {"error": {"message": "the answer failed after it had begun", '
     b'"type": "server_error", "param": null, "code": "engine"}}\n\n'
 )
+_ENDED = "this node ended before the answer did; ask another"
 
 
 class Endings:
@@ -35,11 +37,12 @@ class Endings:
         if scope["type"] != "http" or not scope["path"].startswith(INFERENCE):
             await self._app(scope, receive, send)
             return
-        events = told = False
+        begun = events = told = False
 
         async def watched(message: Message) -> None:
-            nonlocal events, told
+            nonlocal begun, events, told
             if message["type"] == "http.response.start":
+                begun = True
                 kind = Headers(raw=message["headers"]).get("content-type", "")
                 events = message["status"] == 200 and kind.startswith("text/event-stream")
             elif events and ERROR in (body := message.get("body", b"")):
@@ -50,10 +53,12 @@ class Endings:
 
         try:
             await self._app(scope, receive, watched)
-        except (Exception, CancelledError):  # the latter when the server ends
+        except (Exception, CancelledError) as error:
             # vLLM's responses break off without a word
             if events and not told:
                 await send(_more(_EVENT))
+            if isinstance(error, CancelledError) and not begun:  # the server ends
+                await refusal(scope["path"], 503, "draining", _ENDED)(scope, receive, send)
             raise
 
 

@@ -117,12 +117,14 @@ async def endless(request: Request) -> Response:
         yield 'data: {"choices": [{"text": "To be"}]}\n\n'
         await asyncio.Event().wait()
 
-    return StreamingResponse(body(), media_type=f"text/{request.path_params['kind']}")
+    if (kind := request.path_params["kind"]) == "whole":
+        await asyncio.Event().wait()
+    return StreamingResponse(body(), media_type=f"text/{kind}")
 
 
-@pytest.mark.parametrize("http", ["h11", "httptools"])
-@pytest.mark.parametrize("kind", ["plain", "event-stream"])
-async def test_a_stream_that_is_aborted_ends_as_an_error(http: str, kind: str) -> None:
+@asynccontextmanager
+async def ending(http: str) -> AsyncIterator[tuple[uvicorn.Server, AsyncClient]]:
+    """A server that has ended when the context does, without waiting for what runs."""
     app = Endings(Starlette(routes=[Route("/v1/{kind}", endless)]))
     config = uvicorn.Config(
         app, port=(port := free_port()), http=http, log_level="critical", lifespan="off"
@@ -131,19 +133,34 @@ async def test_a_stream_that_is_aborted_ends_as_an_error(http: str, kind: str) -
     server.capture_signals = nullcontext  # type: ignore[assignment, method-assign]
     serving = asyncio.create_task(server.serve())
     await wait_until_async(lambda: server.started, 10, "the server")
-    said, broken = "", False
-    try:
-        async with (
-            AsyncClient() as client,
-            client.stream("GET", f"http://127.0.0.1:{port}/v1/{kind}") as answer,
-        ):
-            async for part in answer.aiter_text():
-                said += part
-                end(server, linger_s=0)
-    except RemoteProtocolError:
-        broken = True
+    async with AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        yield server, client
     await asyncio.wait_for(serving, 10)
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("kind", ["plain", "event-stream"])
+async def test_a_stream_that_is_aborted_ends_as_an_error(http: str, kind: str) -> None:
+    said, broken = "", False
+    async with ending(http) as (server, client):
+        try:
+            async with client.stream("GET", f"/v1/{kind}") as answer:
+                async for part in answer.aiter_text():
+                    said += part
+                    end(server, linger_s=0)
+        except RemoteProtocolError:
+            broken = True
     assert broken
     assert said.count("To be") == 1
     assert "[DONE]" not in said
     assert ("event: error\n" in said) == (kind == "event-stream")
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+async def test_an_answer_that_has_not_begun_is_refused(http: str) -> None:
+    async with ending(http) as (server, client):
+        asked = asyncio.create_task(client.get("/v1/whole"))
+        await wait_until_async(lambda: bool(server.server_state.tasks), 10, "the request")
+        end(server, linger_s=0)
+        answer = await asked
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
