@@ -17,8 +17,9 @@ mutations: setup ## COUNT=10000 adapters damaged at random: vetted, and the acce
 crash: setup ## kill KILLS=2000 fetches at random instants, and look at the store after each
 	folder=$$(mktemp -d) && $(PYTHON_BIN) -m tests.adapters.crashing $$folder $(or $(KILLS),2000)
 
-isolation: setup ## REQUESTS=5000 random requests: each must get what it gets alone
+isolation: setup ## REQUESTS=5000 random requests, of an engine and of a node: each must get what it gets alone
 	$(PYTHON_BIN) -m tests.engine.isolation --requests $(or $(REQUESTS),5000)
+	$(PYTHON_BIN) -m tests.node.isolated --requests $(or $(REQUESTS),5000)
 
 churn: setup ## CYCLES=2000 loads and unloads: the memory must stay where it is
 	$(PYTHON_BIN) -m tests.engine.churn --cycles $(or $(CYCLES),2000)
