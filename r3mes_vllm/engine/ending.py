@@ -35,6 +35,14 @@ def refuse_aborted(engine: AsyncLLM) -> None:
     engine.generate = generate
 
 
+async def abort(engine: AsyncLLM) -> None:
+    """End all requests, as errors. vLLM's handlers of answers that are given whole go on when their
+    own request is cancelled, and at its end the engine would wait for them."""
+    requests = list(engine.output_processor.request_states)
+    engine.output_processor.propagate_error(EngineDeadError())
+    await engine.engine_core.abort_requests_async(requests)
+
+
 def kill(engine: AsyncLLM) -> None:
     """End the engine's processes, hung ones too, and all requests that wait for it, as errors."""
     resources = engine.engine_core.resources

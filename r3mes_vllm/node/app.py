@@ -266,6 +266,9 @@ async def _watch(app: FastAPI, registration: Registration, network: asyncio.Task
 async def _drain(app: FastAPI, registration: Registration, network: asyncio.Task[None]) -> None:
     drain: Drain = app.state.drain
     await drain.run(app.state.server, registration, network)
+    if app.state.load.running:
+        app.state.r3mes.canary.stopping = True  # what becomes of its own request is no trouble
+        await ending.abort(app.state.engine_client)
 
 
 def _with_modules(settings: Settings, modules: Mapping[str, str]) -> Settings:
