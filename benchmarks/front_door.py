@@ -26,6 +26,7 @@ from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.programs import running, until_well
 from benchmarks.results import Target
 from benchmarks.shapes import SHAPES, made
+from tests import tiny
 from tests.backend.stand_ins import StandIn, serving
 from tests.conformance.document import document
 from tests.conformance.schema import fuzz
@@ -163,7 +164,9 @@ async def _status(http: ClientSession, url: str, path: str, kind: str, body: str
 def _start(plan: Plan, until_end: ExitStack, folder: Path) -> str:
     port = str(free_port())
     serve = ["serve", "--host", "127.0.0.1", "--port", port, "--backend-url", "http://127.0.0.1:9"]
-    serve += ["--model", str(made(SHAPES["tiny"], folder))] if plan.quick else []
+    if plan.quick:
+        legal = tiny.make_adapter(folder / "legal", seed=0)
+        serve += ["--model", str(made(SHAPES["tiny"], folder)), "--loras", f"legal={legal}"]
     until_end.enter_context(running("r3mes_vllm", *serve, R3MES_STATE_DIR=str(folder)))
     return f"http://127.0.0.1:{port}"
 
