@@ -30,7 +30,10 @@ PROPERTIES = (
     Property(
         1,
         "SIGTERM under streaming load loses no stream",
-        ("tests/test_lifecycle.py::test_sigterm_loses_none_of_a_thousand_streams",),
+        (
+            "tests/test_lifecycle.py::test_sigterm_loses_none_of_a_thousand_streams",
+            "tests/node/test_drain.py",
+        ),
         (
             Switch(
                 *("node/drain.py", "asyncio.wait(waits, timeout=self._timeout,"),
@@ -360,6 +363,7 @@ PROPERTIES = (
         "what is asked and answered, and keys, are in no log, metric or error",
         (
             "tests/test_discretion.py",
+            "tests/backend/test_observed.py",
             "tests/node/test_observed.py::test_nothing_that_was_said_is_in_any_log",
             "tests/node/test_observed.py::test_nothing_that_was_said_is_shown",
         ),
