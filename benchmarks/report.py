@@ -106,7 +106,8 @@ def _of_suite(suite: str, runs: Sequence[Run]) -> str:
     folder = f"../{RESULTS.parent.name}/{RESULTS.name}"
     lines = [""]
     groups = [group for _, group in sorted(newest.items(), reverse=True)]
-    for run in (it for group in groups for it in shown(of_suite) if it.group == group):
+    chosen = shown(of_suite)
+    for run in (it for group in groups for it in chosen if it.group == group):
         where = run.machine.gpu or f"{run.machine.cores} cores of {run.machine.processor}"
         dtype = str(run.settings.get("dtype", ""))
         ended = "" if run.ended == "complete" else f"**not complete: {run.ended}**"

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -79,8 +80,6 @@ def _read(self: shm_broadcast.SpinCondition) -> None:
 def _end_with_parent() -> None:
     """One that was killed says nothing, and vLLM's engine would wait for it for ever, with all its
     memory."""
-    if any(it.name == _WATCH for it in threading.enumerate()):
-        return
     parent = os.getppid()
 
     def watch() -> None:
@@ -88,14 +87,14 @@ def _end_with_parent() -> None:
             time.sleep(_WATCH_S)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name=_WATCH, daemon=True).start()
+    _run_beside(_WATCH, watch)
 
 
 def _give_back_what_is_free() -> None:
     """oneDNN's products for one number of tokens go and those for another come, each of its own
     size: the free room between them, which glibc keeps, grows for hours. It takes 10 ms."""
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim") or any(it.name == _TRIM for it in threading.enumerate()):
+    if not hasattr(libc, "malloc_trim"):
         return
 
     def trim() -> None:
@@ -103,7 +102,13 @@ def _give_back_what_is_free() -> None:
             time.sleep(_TRIM_S)
             libc.malloc_trim(0)
 
-    threading.Thread(target=trim, name=_TRIM, daemon=True).start()
+    _run_beside(_TRIM, trim)
+
+
+def _run_beside(name: str, work: Callable[[], None]) -> None:
+    """On a thread of that name, unless it is there: a plugin may be loaded several times."""
+    if all(it.name != name for it in threading.enumerate()):
+        threading.Thread(target=work, name=name, daemon=True).start()
 
 
 def _is_no_mistake(record: logging.LogRecord) -> bool:

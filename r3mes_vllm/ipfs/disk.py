@@ -14,6 +14,7 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Of a disk that takes nothing, and of another user's folder."""
 
 _ELSEWHERE = "point --cache-dir elsewhere"
+_FREE_SOME = f"free some disk, or {_ELSEWHERE}"
 
 
 @contextmanager
@@ -28,9 +29,7 @@ def disk_errors_are_said(folder: Path) -> Iterator[None]:
         raise
 
 
-def no_room(
-    folder: Path, needed: int, *, hint: str = f"free some disk, or {_ELSEWHERE}"
-) -> DiskFull:
+def no_room(folder: Path, needed: int, *, hint: str = _FREE_SOME) -> DiskFull:
     """`needed` in bytes."""
     free = shutil.disk_usage(folder).free
     return DiskFull(
@@ -40,7 +39,7 @@ def no_room(
 
 def _said(error: OSError, folder: Path) -> R3mesError | None:
     if error.errno in FULL:
-        return DiskFull(f"no room left in {folder}", hint=f"free some disk, or {_ELSEWHERE}")
+        return DiskFull(f"no room left in {folder}", hint=_FREE_SOME)
     if error.errno is None or isinstance(error, TimeoutError | ConnectionError):
         return None
     if isinstance(error.filename, str) and not Path(error.filename).is_relative_to(folder):

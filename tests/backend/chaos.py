@@ -39,7 +39,7 @@ from r3mes_vllm.settings import load
 from tests.backend.framing import Framing
 from tests.backend.oracle import FATES, Asking, Flight, Found, Lags, Told, cause
 from tests.backend.stand_ins import LEGAL_CID, OTHER_CID, serving, wallet
-from tests.peers.postgres import Postgres
+from tests.peers import postgres
 
 CIDS = (LEGAL_CID, OTHER_CID)
 TIMEOUTS = Timeouts(connect=1, first_byte=5, between_bytes=1)
@@ -272,14 +272,8 @@ def database(folder: Path, kind: str) -> Iterator[str]:
     if kind == "sqlite":
         yield f"sqlite:///{folder}/backend.sqlite3"
         return
-    # Another user must be able to enter it, and a socket's path is short.
-    with tempfile.TemporaryDirectory(prefix="r3mes-pg-") as name:
-        postgres = Postgres(Path(name))
-        try:
-            with postgres.database() as made:
-                yield postgres.url(made)
-        finally:
-            postgres.stop()
+    with postgres.started() as server, server.database() as made:
+        yield server.url(made)
 
 
 async def chaos(

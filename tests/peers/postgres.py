@@ -129,8 +129,8 @@ class Postgres:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
+@contextlib.contextmanager
+def started() -> Iterator[Postgres]:
     # Not below pytest's own folder, which another user can't enter; a socket's path is short.
     with tempfile.TemporaryDirectory(prefix="r3mes-pg-") as name:
         running = Postgres(Path(name))
@@ -138,6 +138,12 @@ def postgres() -> Iterator[Postgres]:
             yield running
         finally:
             running.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with started() as running:
+        yield running
 
 
 def _program(name: str) -> Path:
