@@ -124,7 +124,7 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
                     pack.a,
                     self._mask(segment, pack.layout) if segment.mixed else None,
                     pack.b,
-                    self._scratch(dtype) if count * widest <= _SCRATCH else None,
+                    self._scratch(dtype) if cpu_packs.filled(count) * widest <= _SCRATCH else None,
                 )
             )
         return tasks

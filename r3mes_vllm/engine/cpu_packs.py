@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from vllm import _custom_ops as ops
 
+from r3mes_vllm.engine import row_counts
+
 _ZEROS = 160_000
 """Elements in a block-diagonal B, beside those of the adapters, up to which one product with it
 takes less time than one for each slice."""
@@ -15,11 +17,13 @@ takes less time than one for each slice."""
 MIXED_PACKS = 3
 """Kept of a layer, beside those of single slots."""
 
-_ROW_COUNTS = 32
-"""For which oneDNN keeps a plan, of each product; vLLM's number."""
-
 Layout = tuple[tuple[tuple[int, int], ...], ...]
 """Of each slice, the slots in the order of their columns, and how many each has."""
+
+
+def filled(rows: int) -> int:
+    """The rows that an adapter's products are made for."""
+    return row_counts.rounded(rows, row_counts.LORA_STEPS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Product:
         self._handler = None
         if ops._supports_onednn:
             with suppress(RuntimeError):  # not for this type on this processor
-                self._handler = ops.create_onednn_mm(weight.t(), _ROW_COUNTS)
+                self._handler = ops.create_onednn_mm(weight.t(), row_counts.KEPT)
                 self._multiply = torch.ops._C.onednn_mm.default
         if self._handler is None:
             self._weight = weight
@@ -77,31 +81,36 @@ class Task:
         b: tuple[tuple[int, int, int, int, Product], ...],
         scratch: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
-        """`rows` None: all, there are `count`; `scratch`: for a product with A, and one with B."""
-        self._rows, self._a, self._mask, self._b = rows, a, mask, b
+        """`rows` None: all, there are `count`; `scratch`: for a product with A, and one with B, of
+        the `filled` rows."""
+        self._rows, self._count, self._a, self._mask, self._b = rows, count, a, mask, b
+        self._filled = filled(count)
         self._hidden = self._product = None
         if scratch:
             hidden, product = scratch
-            self._hidden = hidden[: count * a.outputs].view(count, a.outputs)
+            self._hidden = hidden[: self._filled * a.outputs].view(self._filled, a.outputs)
             if len(b) == 1:
                 outputs = b[0][4].outputs
-                self._product = product[: count * outputs].view(count, outputs)
+                self._product = product[: self._filled * outputs].view(self._filled, outputs)
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
         if self._rows is not None:
             y, x = y[self._rows], x[self._rows]
-        hidden = self._a(x, self._hidden)
+        hidden = self._a(row_counts.filled_up(x, self._filled), self._hidden)
         if self._mask is not None:
             # not a multiplication: 0 * inf of a bad adapter would be NaN
-            hidden.masked_fill_(self._mask, 0)
+            self._own(hidden).masked_fill_(self._mask, 0)
         if len(self._b) == 1:
             ((_, _, begin, end, b),) = self._b
             if end - begin != y.shape[1]:
                 y = y[:, begin:end]
-            y.add_(b(hidden, self._product), alpha=scale)
+            y.add_(self._own(b(hidden, self._product)), alpha=scale)
             return
         for first, last, begin, end, b in self._b:
-            y[:, begin:end].add_(b(hidden[:, first:last]), alpha=scale)
+            y[:, begin:end].add_(self._own(b(hidden[:, first:last])), alpha=scale)
+
+    def _own(self, product: torch.Tensor) -> torch.Tensor:
+        return product if self._filled == self._count else product[: self._count]
 
 
 class Layer:

@@ -15,10 +15,9 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
         # Seconds, longer than clients keep an idle connection (httpx 5): who closes last breaks no
         # request.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
-        # Compiled products, each of one batch size, of 270 KB and more and made in a millisecond:
-        # with 1,024 of them, of which oneDNN and torch keep each its own, a CPU engine grows by
-        # hundreds of MB as it meets batch sizes. These are of 25 sizes of five matrices.
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+        # Compiled products, of 250 KB each: oneDNN's for the numbers of rows in `row_counts`, and
+        # those that torch keeps beside it. By default it is 1,024 of both.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
         "LRU_CACHE_CAPACITY": "128",
     }
     if not verbose:

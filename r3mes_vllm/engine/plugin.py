@@ -1,6 +1,5 @@
 """vLLM's `general_plugins` entry point: loaded in every process of vLLM, several times perhaps."""
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -18,13 +17,12 @@ from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
 
 from r3mes_vllm import discretion, report
-from r3mes_vllm.engine import grammars
+from r3mes_vllm.engine import grammars, row_counts
 
 CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.CpuPunicaWrapper"
 WORKER_EXTENSION = "r3mes_vllm.engine.staging.StagingExtension"
 
 _WATCH, _WATCH_S = "r3mes-parent", 1.0
-_TRIM, _TRIM_S = "r3mes-trim", 60.0
 
 _stock_read = shm_broadcast.SpinCondition.record_read
 _stock_scheduler = SchedulerConfig.get_scheduler_cls
@@ -37,6 +35,7 @@ def register() -> None:
     logging.getLogger("vllm.v1.structured_output").addFilter(_is_no_mistake)
     if current_platform.is_cpu():
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: CPU_WRAPPER)
+        row_counts.bound()
         torch.cpu._init_amx()  # Linux kills who uses these tiles unasked, as vLLM's attention does
         shm_broadcast.sched_yield = _leave_the_core
     elif current_platform.is_cuda_alike():
@@ -53,8 +52,6 @@ def register() -> None:
         with suppress(PermissionError):
             os.setpgid(0, 0)
         _end_with_parent()
-        if current_platform.is_cpu():
-            _give_back_what_is_free()
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")  # of every token, for the canary
 
 
@@ -88,21 +85,6 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     _run_beside(_WATCH, watch)
-
-
-def _give_back_what_is_free() -> None:
-    """oneDNN's products for one number of tokens go and those for another come, each of its own
-    size: the free room between them, which glibc keeps, grows for hours. It takes 10 ms."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim"):
-        return
-
-    def trim() -> None:
-        while True:
-            time.sleep(_TRIM_S)
-            libc.malloc_trim(0)
-
-    _run_beside(_TRIM, trim)
 
 
 def _run_beside(name: str, work: Callable[[], None]) -> None:

@@ -1,0 +1,85 @@
+"""The engine's products are of few numbers of rows, and as exact."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm import _custom_ops as ops
+
+from r3mes_vllm.engine import row_counts
+from r3mes_vllm.engine.row_counts import KEPT, LORA_STEPS, STEPS, rounded
+
+GROWS = """
+import ctypes
+import sys
+import torch
+from vllm import _custom_ops as ops
+from r3mes_vllm.engine import plugin
+if sys.argv[1] == "ours":
+    plugin.register()
+class Found(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Found
+used = lambda: libc.mallinfo2().h  # bytes
+bf16 = torch.cpu._is_avx512_bf16_supported()
+weights = torch.randn(64, 64).to(torch.bfloat16 if bf16 else torch.float32)
+handler = ops.create_onednn_mm(weights.t(), 32)
+before = used()
+for rows in range(1, 1001):
+    ops.onednn_mm(handler, torch.ones(rows, 64, dtype=weights.dtype), None)
+print("bytes", used() - before)
+"""
+
+
+def grown_by(whose: str) -> int:
+    told = subprocess.check_output([sys.executable, "-c", GROWS, whose], text=True)
+    return int(told.split()[-1])
+
+
+def test_batch_sizes_leave_few_products_behind() -> None:
+    assert grown_by("ours") < 0.3 * grown_by("vllm")
+
+
+@given(st.integers(0, 1 << 16), st.sampled_from([(STEPS, 1.125), (LORA_STEPS, 1.5)]))
+def test_few_rows_are_added(rows: int, allowed: tuple[int, float]) -> None:
+    steps, most = allowed
+    assert rows <= rounded(rows, steps) <= most * rows
+    assert rounded(rounded(rows, steps), steps) == rounded(rows, steps)
+
+
+def test_a_handler_keeps_all() -> None:
+    assert len({rounded(rows) for rows in range(1, (1 << 16) + 1)}) <= KEPT
+
+
+@pytest.mark.parametrize("shape", [(1,), (9,), (17,), (129,), (3, 7), (0,)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_product_is_as_it_was(shape: tuple[int, ...], biased: bool) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 16), torch.randn(*shape, 16)
+    bias = torch.randn(24) if biased else None
+    handler = row_counts._create(weight.t(), 1)
+    told = row_counts._multiply(handler, x, bias)
+    assert told.is_contiguous()
+    assert torch.allclose(told, torch.nn.functional.linear(x, weight, bias), atol=1e-5)
+
+
+def test_what_is_traced_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(row_counts, "_stock_multiply", lambda *arguments: "vllm's")
+    assert row_counts._multiply(None, torch.ones(9, 16), None) == "vllm's"
+
+
+def test_vllm_multiplies_by_what_is_bound() -> None:
+    """By these names; when vLLM takes others, this fails."""
+    from vllm.model_executor.layers import utils
+
+    for name in ("create_onednn_mm", "onednn_mm"):
+        assert hasattr(ops, name)
+        assert name in utils.dispatch_cpu_unquantized_gemm.__code__.co_names or any(
+            name in getattr(it, "co_names", ())
+            for it in utils.dispatch_cpu_unquantized_gemm.__code__.co_consts
+        )
