@@ -3,9 +3,10 @@
 It compiles each product for its number of rows: 250 KB and a few milliseconds for each matrix of a
 layer. A batch has any number of tokens, so an engine would compile for as long as it lives, and the
 heap would grow by the room between what goes and what comes. Filled up with zeros to the next of a
-few numbers, the products are soon all there, and stay.
+few numbers, the products stay; those of the usual batches are made at the start.
 """
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ STEPS, LORA_STEPS = 8, 2
 which are narrow, one in six."""
 KEPT = 128
 """By each product: more than there are up to 65,536 rows."""
+_AT_THE_START, _WORK = 256, 10**10
+"""Rows, and multiplications of one product, up to which one is made before it is asked for."""
+
+_made = set[tuple[int, int, torch.dtype, bool]]()
+"""Shapes of matrices that were multiplied with."""
 
 _stock_create = ops.create_onednn_mm
 _stock_multiply = ops.onednn_mm
@@ -51,9 +57,23 @@ def _multiply(handler: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch
     if torch.compiler.is_compiling():  # the number of rows is not known then
         traced: torch.Tensor = _stock_multiply(handler, x, bias)
         return traced
+    if (shape := (handler.k, handler.n, x.dtype, bias is not None)) not in _made:
+        _made.add(shape)
+        _make(handler, x, bias)
     flat = x.reshape(-1, handler.k)
-    rows = len(flat)
-    flat = filled_up(flat, rounded(rows))
-    into = x.new_empty(len(flat), handler.n)
-    torch.ops._C.onednn_mm(into, flat, bias, handler.handler_tensor)
-    return into[:rows].view(*x.shape[:-1], handler.n)
+    return _product(handler, flat, bias).view(*x.shape[:-1], handler.n)
+
+
+def _make(handler: Any, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """oneDNN gives a product to all matrices of one shape, of all layers."""
+    counts = sorted({rounded(rows) for rows in range(1, _AT_THE_START + 1)})
+    for rows in takewhile(lambda it: it * handler.k * handler.n <= _WORK, counts):
+        _product(handler, x.new_zeros(rows, handler.k), bias)
+
+
+def _product(handler: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = len(x)
+    x = filled_up(x, rounded(rows))
+    into = x.new_empty(len(x), handler.n)
+    torch.ops._C.onednn_mm(into, x, bias, handler.handler_tensor)
+    return into[:rows]
