@@ -28,7 +28,7 @@ import psutil
 
 from tests.conftest import NODE_STARTS_S
 from tests.engine.poisoned import poisonous_model
-from tests.programs import Program, free_port, program, wait_until, wait_until_async
+from tests.programs import Program, free_port, program, verdict, wait_until, wait_until_async
 from tests.test_lifecycle import family, node
 
 STREAMS, TOKENS = 24, 150
@@ -253,10 +253,7 @@ def main() -> int:
             kill_nodes(Path(name), kills=options.kills, alone=options.alone, seed=options.seed)
         )
     print(json.dumps(dict(found) | {"seed": options.seed}), flush=True)
-    said = problems(found, options.kills, options.alone)
-    for problem in said:
-        print(problem, file=sys.stderr)
-    return int(bool(said))
+    return verdict(problems(found, options.kills, options.alone))
 
 
 if __name__ == "__main__":

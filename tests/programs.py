@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,13 @@ async def wait_until_async(condition: Callable[[], bool], seconds: float, what: 
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {seconds} s for {what}")
         await asyncio.sleep(0.005)
+
+
+def verdict(problems: Sequence[str]) -> int:
+    """Of a long form, the exit status, after its `problems` were said."""
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return int(bool(problems))
 
 
 @dataclass

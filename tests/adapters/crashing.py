@@ -32,7 +32,7 @@ from r3mes_vllm.ipfs import car
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.pack import pack
 from tests import tiny
-from tests.programs import free_port
+from tests.programs import free_port, verdict
 
 RANK = 512
 LONGEST_S = 120
@@ -46,10 +46,7 @@ def main(folder: Path, kills: int, seed: int) -> int:
     print(f"seed {seed}", file=sys.stderr, flush=True)
     found, wrong = run(folder, kills, seed)
     json.dump({**found, "seed": seed, "wrong": wrong}, sys.stdout)
-    said = problems(found, wrong, kills)
-    for problem in said:
-        print(problem, file=sys.stderr)
-    return int(bool(said))
+    return verdict(problems(found, wrong, kills))
 
 
 def problems(found: dict[str, int], wrong: list[str], kills: int) -> list[str]:

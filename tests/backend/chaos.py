@@ -40,6 +40,7 @@ from tests.backend.framing import Framing
 from tests.backend.oracle import FATES, Asking, Flight, Found, Lags, Told, cause
 from tests.backend.stand_ins import LEGAL_CID, OTHER_CID, serving, wallet
 from tests.peers import postgres
+from tests.programs import verdict
 
 CIDS = (LEGAL_CID, OTHER_CID)
 TIMEOUTS = Timeouts(connect=1, first_byte=5, between_bytes=1)
@@ -348,10 +349,7 @@ def main() -> int:
     told = {"seed": given["seed"], "database": kind, "routers": given["routers"]}
     print(json.dumps(dict(sorted(found.counts.items())) | told))
     print(f"{found.counts['routed']} routed, {len(found.wrong)} wrong", flush=True)
-    problems = found.problems(answers=given["answers"])
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return int(bool(problems))
+    return verdict(found.problems(answers=given["answers"]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from r3mes_vllm.backend.state import Backend
 from r3mes_vllm.settings import load
 from tests.backend.chaos import Node, words
 from tests.backend.stand_ins import LEGAL_CID, serving, wallet
-from tests.programs import free_port
+from tests.programs import free_port, verdict
 
 STREAMS, FIRST_S = 8, 0.5
 """Streams at once; seconds until a node's first token."""
@@ -243,10 +243,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         found = asyncio.run(kill_nodes(Path(name), kills=options.kills, seed=options.seed))
     print(json.dumps(dict(found) | {"seed": options.seed}), flush=True)
-    said = problems(found, options.kills)
-    for problem in said:
-        print(problem, file=sys.stderr)
-    return int(bool(said))
+    return verdict(problems(found, options.kills))
 
 
 if __name__ == "__main__":

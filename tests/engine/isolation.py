@@ -16,9 +16,12 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.programs import verdict
 
 ADAPTERS, SLOTS, KEPT, AT_ONCE = 20, 4, 8, 16
 PROMPTS = 8
@@ -48,10 +51,7 @@ def main() -> int:
     print(f"seed {options.seed}", file=sys.stderr, flush=True)
     found = tried(options.requests, options.seed, stock=options.stock)
     print(json.dumps(found | {"seed": options.seed}), flush=True)
-    said = problems(found, options.requests)
-    for problem in said:
-        print(problem, file=sys.stderr)
-    return int(bool(said))
+    return verdict(problems(found, options.requests))
 
 
 def tried(requests: int, seed: int, *, stock: bool) -> dict[str, int]:
@@ -71,8 +71,8 @@ def tried(requests: int, seed: int, *, stock: bool) -> dict[str, int]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def problems(found: dict[str, int], requests: int) -> list[str]:
-    """Why the run has failed, or shown nothing."""
+def problems(found: Mapping[str, int], requests: int) -> list[str]:
+    """Why the run has failed, or shown nothing; "beside others" if it was counted."""
     said = []
     if found["wrong"]:
         said.append(f"{found['wrong']} answers were another model's")
@@ -82,8 +82,9 @@ def problems(found: dict[str, int], requests: int) -> list[str]:
         said.append("not each answer was compared")
     if found["ties"] > 0.1 * found["requests"]:
         said.append(f"{found['ties']} answers parted, too many for ties")
-    if found["beside others"] < 0.9 * found["requests"]:
-        said.append(f"only {found['beside others']} were computed beside those of other adapters")
+    beside = found.get("beside others", found["requests"])
+    if beside < 0.9 * found["requests"]:
+        said.append(f"only {beside} were computed beside those of other adapters")
     return said
 
 

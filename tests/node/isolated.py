@@ -20,8 +20,17 @@ from pathlib import Path
 import aiohttp
 
 from tests import tiny
-from tests.engine.isolation import ADAPTERS, KEPT, LONGEST, PROMPTS, SLOTS, Answer, compared
-from tests.programs import free_port, program
+from tests.engine.isolation import (
+    ADAPTERS,
+    KEPT,
+    LONGEST,
+    PROMPTS,
+    SLOTS,
+    Answer,
+    compared,
+    problems,
+)
+from tests.programs import free_port, program, verdict
 
 NAMES = [tiny.NAME, *(f"a{number}" for number in range(1, ADAPTERS + 1))]
 _STARTS_S = 300
@@ -137,7 +146,7 @@ def main() -> int:
     ):
         found = asyncio.run(trial(url, options.requests, options.at_once, chance))
     print(json.dumps(found), flush=True)
-    return int(found["wrong"] > 0)
+    return verdict(problems(found, options.requests))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from tests.adapters.crashing import Given, serve_car, wrong_in
 from tests.backend.stand_ins import wallet
 from tests.conftest import NODE_STARTS_S
 from tests.peers.postgres import Postgres
-from tests.programs import Program, free_port, program, wait_until, wait_until_async
+from tests.programs import Program, free_port, program, verdict, wait_until, wait_until_async
 
 RANK = 512
 NAMES, WALLETS = 200, 20
@@ -385,10 +385,7 @@ def main() -> int:
             )
         )
     print(json.dumps(dict(found) | {"seed": options.seed, "database": options.database}))
-    said = problems(found, cuts=options.cuts, nodes=options.nodes)
-    for problem in said:
-        print(problem, file=sys.stderr)
-    return int(bool(said))
+    return verdict(problems(found, cuts=options.cuts, nodes=options.nodes))
 
 
 if __name__ == "__main__":
