@@ -4,7 +4,7 @@
 
 One node: streams of the base model and of an adapter that stays, with prompts of all lengths, while
 other adapters are put under a name, asked for, replaced by another version and taken away. The
-first sixth of the time warms up; each of the equal parts after it is a pair with the first of them.
+first third of the time warms up; each of the equal parts after it is a pair with the first of them.
 What memory grows by in an hour is the slope of a line through all that was seen after the warm-up.
 """
 
@@ -93,9 +93,9 @@ async def _measured(
     cids: list[str],
     for_s: float,
 ) -> None:
-    part_s = for_s * 5 / 6 / (plan.rounds + 1)
+    part_s = for_s * 2 / 3 / (plan.rounds + 1)
     async with session() as http:
-        before = await _part(http, url, tree, models, cids, for_s / 6)
+        before = await _part(http, url, tree, models, cids, for_s / 3)
         record.note(f"warm-up: {before.cycles} cycles, {before.mib:.0f} MiB")
         first: Part | None = None
         resident = []

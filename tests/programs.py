@@ -63,6 +63,10 @@ class Program:
     log: Path
     url: str
 
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 

@@ -17,7 +17,7 @@ STEPS, LORA_STEPS = 8, 2
 which are narrow, one in six."""
 KEPT = 128
 """By each product: more than there are up to 65,536 rows."""
-_AT_THE_START, _WORK = 256, 10**10
+_AT_THE_START, _WORK = 512, 10**10
 """Rows, and multiplications of one product, up to which one is made before it is asked for."""
 
 _made = set[tuple[int, int, torch.dtype, bool]]()

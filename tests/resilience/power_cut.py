@@ -292,12 +292,13 @@ async def _cut(machine: Machine, *, while_given: bool) -> None:
         async with machine.telling():
             with killed(machine.fetch()) as fetch:
                 if while_given:
-                    has_begun = lambda: machine.given.bytes > given  # noqa: E731
+                    # or it had all but the last step, and asks for nothing
+                    has_begun = lambda: machine.given.bytes > given or fetch.has_ended  # noqa: E731
                     await wait_until_async(has_begun, BEGINS_S, "the first byte of the adapter")
                     await asyncio.sleep(machine.chance.uniform(0, 0.9 * FETCH_S))
                 else:
                     await asyncio.sleep(machine.chance.uniform(0, 4 + FETCH_S))
-                has_ended = fetch.process.poll() is not None
+                has_ended = fetch.has_ended
                 assert not fetch.process.returncode, fetch.output()
                 machine.cut_power(backend, fetch)
     machine.cut["cuts"] += 1
