@@ -17,7 +17,7 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         # Compiled products, of 250 KB each: oneDNN's for the numbers of rows in `row_counts`, and
         # those that torch keeps beside it. By default it is 1,024 of both.
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "768",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "640",
         "LRU_CACHE_CAPACITY": "128",
     }
     if not verbose:
