@@ -71,7 +71,7 @@ class Model:
 
     def answer(self, adapter: int, prompts: Any, tokens: int) -> list[list[int]]:
         """Greedy, `tokens` each."""
-        pointers = (ctypes.c_void_p * 1)(self._adapters[adapter])
+        pointers = (self._cpp.llama_adapter_lora_p_ctypes * 1)(self._adapters[adapter])
         self._cpp.llama_set_adapters_lora(self._context, pointers, 1, (ctypes.c_float * 1)(1))
         self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), True)
         rows = [[int(token) for token in prompt] for prompt in prompts]
