@@ -93,9 +93,10 @@ async def _measured(
     cids: list[str],
     for_s: float,
 ) -> None:
-    part_s = for_s * 2 / 3 / (plan.rounds + 1)
+    warm_s = for_s / 3
+    part_s = (for_s - warm_s) / (plan.rounds + 1)
     async with session() as http:
-        before = await _part(http, url, tree, models, cids, for_s / 3)
+        before = await _part(http, url, tree, models, cids, warm_s)
         record.note(f"warm-up: {before.cycles} cycles, {before.mib:.0f} MiB")
         first: Part | None = None
         resident = []

@@ -72,7 +72,7 @@ class Program:
 
     def wait_for(self, path: str, seconds: float) -> None:
         def answers() -> bool:
-            if self.process.poll() is not None:
+            if self.has_ended:
                 raise AssertionError(f"it ended with {self.process.returncode}:\n{self.output()}")
             return httpx.get(self.url + path).is_success
 

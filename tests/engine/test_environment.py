@@ -31,12 +31,8 @@ def nvcc(folder: Path) -> None:
 
 KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 GROWS = """
-import ctypes, torch
-class Found(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
-libc = ctypes.CDLL("libc.so.6")
-libc.mallinfo2.restype = Found
-used = lambda: libc.mallinfo2().h  # bytes
+import torch
+from tests.engine.heap import used
 weights, before = torch.randn(64, 64).bfloat16(), used()
 for rows in range(1, 1001):
     torch.nn.functional.linear(torch.ones(rows, 64, dtype=torch.bfloat16), weights)

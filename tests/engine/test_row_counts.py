@@ -13,18 +13,13 @@ from r3mes_vllm.engine import row_counts
 from r3mes_vllm.engine.row_counts import KEPT, LORA_STEPS, STEPS, rounded
 
 GROWS = """
-import ctypes
 import sys
 import torch
 from vllm import _custom_ops as ops
 from r3mes_vllm.engine import plugin
+from tests.engine.heap import used
 if sys.argv[1] == "ours":
     plugin.register()
-class Found(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
-libc = ctypes.CDLL("libc.so.6")
-libc.mallinfo2.restype = Found
-used = lambda: libc.mallinfo2().h  # bytes
 bf16 = torch.cpu._is_avx512_bf16_supported()
 weights = torch.randn(64, 64).to(torch.bfloat16 if bf16 else torch.float32)
 handler = ops.create_onednn_mm(weights.t(), 32)
