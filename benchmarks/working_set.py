@@ -71,11 +71,13 @@ class Size:
     longest: int
     """Tokens of a prompt and of an answer, at most."""
     seconds: float
+    seats: int = 64
+    """Requests in a step. More than slots are no use to adapters that nobody else asks for."""
 
 
 QUICK = Size(2, 8, (2, 6), 4.0, 16, 3)
 CPU = Size(8, 64, (5, 100, 1000, 2000), 16.0, 32, 8)
-GPU = Size(32, 256, (5, 100, 1000, 2000), 80.0, 512, 8)
+GPU = Size(32, 256, (5, 100, 1000, 2000), 80.0, 512, 8, seats=32)
 
 
 def run(plan: Plan, record: Record) -> None:
@@ -86,6 +88,7 @@ def run(plan: Plan, record: Record) -> None:
         "greedy, end of text ignored",
         dtype=plan.dtype,
         slots=size.slots,
+        seats=size.seats,
         in_main_memory=size.kept,
         requests_per_s=size.rate,
         arrivals=f"Gamma, variation {VARIATION:g}",
@@ -114,7 +117,14 @@ def run(plan: Plan, record: Record) -> None:
                 )
                 for i in range(most)
             }
-            servers = Servers(plan, folder, slots=size.slots, kept=size.kept, rank=max(ranks))
+            servers = Servers(
+                plan,
+                folder,
+                slots=size.slots,
+                kept=size.kept,
+                rank=max(ranks),
+                seats=size.seats,
+            )
             stock = until_end.enter_context(servers.stock(loras=folders))
             cids = asyncio.run(_stored(servers, folders))
             first = {"a0": folders["a0"]}

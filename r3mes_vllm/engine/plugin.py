@@ -17,7 +17,7 @@ from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
 
 from r3mes_vllm import discretion, report
-from r3mes_vllm.engine import grammars, row_counts
+from r3mes_vllm.engine import gpu_lora, grammars, row_counts
 
 CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.CpuPunicaWrapper"
 WORKER_EXTENSION = "r3mes_vllm.engine.staging.StagingExtension"
@@ -42,6 +42,8 @@ def register() -> None:
         from r3mes_vllm.engine import sampling  # the sampler's kernels need Triton
 
         sampling.bound()
+        if current_platform.is_cuda():
+            gpu_lora.bound()
     shm_broadcast.SpinCondition.record_read = _read
     grammars.bound()
     SchedulerConfig.get_scheduler_cls = _fair_scheduler

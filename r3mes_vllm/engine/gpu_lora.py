@@ -1,0 +1,64 @@
+"""An adapter's first product beside the base model's, where there is an NVIDIA GPU.
+
+Stock vLLM computes a layer's base product, zeroes a buffer, multiplies by A, then by B: a step of
+small kernels that wait for each other. A's product needs nothing of the base product, so a second
+stream computes it meanwhile; B's is added after both. What is computed, and in which order, is
+stock's.
+
+vLLM's own switch for a second stream has B's product there too, which must be zeroed before and
+added to the base product afterwards, in every layer, also where no request has an adapter.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+
+SETTINGS = Path(__file__).parent / "lora_kernels"
+"""Of vLLM's kernels, by the card's name: `benchmarks/lora_kernels.py` found them on it."""
+
+
+def bound() -> None:
+    """What the operator set stays: `VLLM_LORA_ENABLE_DUAL_STREAM=0` is stock's way."""
+    os.environ.setdefault("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
+    # B's kernel follows two others; started early, it could only wait for one of them.
+    os.environ.setdefault("VLLM_LORA_DISABLE_PDL", "1")
+    if (SETTINGS / f"{_card()}_SHRINK.json").exists():
+        os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(SETTINGS))
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA  # reads the switch
+
+    BaseLinearLayerWithLoRA._apply_async_impl = apply
+
+
+def _card() -> str:
+    """As vLLM names the files of its settings."""
+    return str(current_platform.get_device_name()).replace(" ", "_").replace("-", "_")
+
+
+def apply(self: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The layer's outputs, (tokens, outputs) or (1, tokens, outputs)."""
+    from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
+
+    def base() -> torch.Tensor:
+        product: torch.Tensor = self._get_quant_method().apply(self.base_layer, x, bias)
+        return product
+
+    wrapper = self.punica_wrapper
+    if wrapper.token_mapping_meta.no_lora_flag_cpu.item():
+        return base()
+    rows = x.flatten(0, 1) if x.ndim == 3 else x
+    rank = self.lora_b_stacked[0].size(-1)
+    shrunk = torch.empty(
+        (len(self.output_slices), rows.size(0), rank), dtype=torch.float32, device=x.device
+    )
+    output, _ = maybe_execute_in_parallel(
+        base,
+        lambda: wrapper.add_shrink(shrunk, rows, self.lora_a_stacked, 1.0),
+        *self._events,
+        self._lora_stream,
+    )
+    flat = output.flatten(0, 1) if output.ndim == 3 else output
+    wrapper.add_expand(flat, shrunk, self.lora_b_stacked, self.output_slices, add_inputs=True)
+    return output
