@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ MODELS = ("llama-8b", "llama-1b")
 CACHE = 120 << 20
 """Bytes that no GPU's cache holds."""
 REPLAYS = 3
+EVENT: Any = torch.cuda.Event
 Setting = dict[str, int | None]
 
 
@@ -222,7 +223,7 @@ def graph_s(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
     graph.replay()
     found = []
     for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (EVENT(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
@@ -268,7 +269,7 @@ def find(out: Path, seconds: float) -> None:
     print(f"compiled; {until - time.monotonic():.0f} s are left", flush=True)
     from vllm.lora.ops.triton_ops.utils import get_lora_op_configs
 
-    files: dict[str, dict[Any, Any]] = {SHRINK: {}, EXPAND: {}}
+    settings: dict[Kernel, Setting] = {}
     measured = 0
     for it in kernels():
         k, n = it.key[3:]
@@ -291,15 +292,23 @@ def find(out: Path, seconds: float) -> None:
             measured += 1
             told = {name: value for name, value in best.items() if value is not None}
             print(f"{it}: {usual:.1f} -> {least:.1f} us {told}", flush=True)
-        place = files[it.kind]
-        for key in it.key[:-1]:
-            place = place.setdefault(str(key), {})
-        place[str(it.key[-1])] = best
-    card = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
+        settings[it] = best
+    write(out, torch.cuda.get_device_name().replace(" ", "_").replace("-", "_"), settings)
+    print(f"{measured} of {len(settings)} kernels measured, {out}")
+
+
+def write(out: Path, card: str, settings: Mapping[Kernel, Setting]) -> None:
+    """As vLLM reads them."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, kind in ((f"{card}_SHRINK", SHRINK), (f"{card}_EXPAND_TRUE", EXPAND)):
-        (out / f"{name}.json").write_text(json.dumps(files[kind], indent=1) + "\n")
-    print(f"{measured} of {len(kernels())} kernels measured, {out}")
+    for kind, name in ((SHRINK, f"{card}_SHRINK"), (EXPAND, f"{card}_EXPAND_TRUE")):
+        tree: dict[str, Any] = {}
+        for kernel, setting in settings.items():
+            if kernel.kind == kind:
+                place = tree
+                for key in kernel.key[:-1]:
+                    place = place.setdefault(str(key), {})
+                place[str(kernel.key[-1])] = setting
+        (out / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n")
 
 
 class Layer:
@@ -312,6 +321,8 @@ class Layer:
         self.base_layer *= 0.015
         self.output_slices = tuple(outputs)
         if adapters:
+            from vllm.lora.layers.utils import _get_lora_aux_cuda_stream
+
             self.punica_wrapper, slots, rank = adapters
             made = [
                 [
@@ -321,8 +332,8 @@ class Layer:
                 for sizes in ([(rank, inputs) for _ in outputs], [(it, rank) for it in outputs])
             ]
             self.lora_a_stacked, self.lora_b_stacked = made
-            self._events = [torch.cuda.Event(), torch.cuda.Event()]
-            self._lora_stream = _second_stream()
+            self._events = [EVENT(), EVENT()]
+            self._lora_stream = _get_lora_aux_cuda_stream()
             self.device = self.base_layer.device
 
     def _get_quant_method(self) -> "Layer":
@@ -341,15 +352,6 @@ class Layer:
             y, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
         )
         return y
-
-
-_streams: list[torch.cuda.Stream] = []
-
-
-def _second_stream() -> torch.cuda.Stream:
-    if not _streams:
-        _streams.append(torch.cuda.Stream())
-    return _streams[0]
 
 
 class Step:

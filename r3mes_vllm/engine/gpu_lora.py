@@ -1,12 +1,13 @@
-"""An adapter's first product beside the base model's, where there is an NVIDIA GPU.
+"""An adapter's first product beside the base model's, on an NVIDIA GPU whose operator wants it.
 
 Stock vLLM computes a layer's base product, zeroes a buffer, multiplies by A, then by B: a step of
 small kernels that wait for each other. A's product needs nothing of the base product, so a second
 stream computes it meanwhile; B's is added after both. What is computed, and in which order, is
 stock's.
 
-vLLM's own switch for a second stream has B's product there too, which must be zeroed before and
-added to the base product afterwards, in every layer, also where no request has an adapter.
+`VLLM_LORA_ENABLE_DUAL_STREAM=1` asks for it. By itself vLLM has B's product on the second stream
+too, which must be zeroed before and added to the base product afterwards, in every layer, also
+where no request has an adapter.
 """
 
 import os
@@ -14,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.platforms import current_platform
 
 SETTINGS = Path(__file__).parent / "lora_kernels"
-"""Of vLLM's kernels, by the card's name: `benchmarks/lora_kernels.py` found them on it."""
+"""Of vLLM's kernels, by the card's name: `benchmarks/lora_kernels.py` finds them on it."""
 
 
 def bound() -> None:
-    """What the operator set stays: `VLLM_LORA_ENABLE_DUAL_STREAM=0` is stock's way."""
-    os.environ.setdefault("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
-    # B's kernel follows two others; started early, it could only wait for one of them.
-    os.environ.setdefault("VLLM_LORA_DISABLE_PDL", "1")
     if (SETTINGS / f"{_card()}_SHRINK.json").exists():
         os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(SETTINGS))
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA  # reads the switch
+    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+        # B's kernel follows two others; started early, it could only wait for one of them.
+        os.environ.setdefault("VLLM_LORA_DISABLE_PDL", "1")
+        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-    BaseLinearLayerWithLoRA._apply_async_impl = apply
+        BaseLinearLayerWithLoRA._apply_async_impl = apply
 
 
 def _card() -> str:
@@ -53,6 +54,7 @@ def apply(self: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch
     shrunk = torch.empty(
         (len(self.output_slices), rows.size(0), rank), dtype=torch.float32, device=x.device
     )
+    output: torch.Tensor
     output, _ = maybe_execute_in_parallel(
         base,
         lambda: wrapper.add_shrink(shrunk, rows, self.lora_a_stacked, 1.0),
