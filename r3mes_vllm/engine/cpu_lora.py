@@ -8,13 +8,16 @@ A long run of rows of one adapter, a prefill, has its products to itself, and so
 large rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from vllm.lora.layers import LoRAMapping
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from r3mes_vllm.engine import cpu_packs
@@ -29,6 +32,22 @@ it out beside others each time that they meet would stop a step."""
 
 _SCRATCH = 1 << 20
 """Elements up to which what a product gives has its place from the start."""
+
+_stock_activate = LoRAModelManager.activate_adapter
+
+
+def _activate(self: Any, lora_id: int) -> bool:
+    """Place an adapter that is in main memory into a slot: what is laid out of others stays, and
+    what was laid out of it is found again."""
+    slots = self.lora_index_to_id
+    adapter = self._registered_adapters.get(lora_id)
+    with ExitStack() as written:
+        if lora_id not in self._active_adapters and adapter is not None and None in slots:
+            for wrapper in self.punica_wrapper_mapping.values():
+                if isinstance(wrapper, CpuPunicaWrapper):
+                    written.enter_context(wrapper.placing(slots.index(None), adapter))
+        placed: bool = _stock_activate(self, lora_id)
+    return placed
 
 
 @dataclass
@@ -60,6 +79,9 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         self._kept: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         self._filled: set[int] = set()
         """Slots with an adapter, at the last step."""
+        self._recent: dict[int, ReferenceType[object]] = {}
+        """Adapters by their identity, the last that was placed at the end."""
+        LoRAModelManager.activate_adapter = _activate
 
     def update_metadata(
         self,
@@ -140,14 +162,18 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     def place(
         self,
         slot: int,
+        adapter: object,
         lora_a_stacked: tuple[torch.Tensor, ...],
         lora_b_stacked: tuple[torch.Tensor, ...],
         output_slices: Sequence[int],
         write: Callable[[], None],
     ) -> None:
-        """Let `write` fill `slot` of a layer and lay it out now, not in the first step with it."""
+        """Let `write` fill `slot` of a layer with `adapter` and lay it out now, not in the first
+        step with it."""
         layer = self._layer(lora_a_stacked, lora_b_stacked)
-        layer.rewrite(slot, write)
+        with layer.rewriting(slot, adapter):
+            write()
+        self._keep(adapter, len(lora_a_stacked[0]))
         layout = layer.pack((slot,), output_slices).layout
         self._filled.add(slot)
         if sum(rank for part in layout for _, rank in part) >= _WIDE:
@@ -160,6 +186,28 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         self._tasks.clear()
         for layer in self._layers.values():
             layer.forget(slots)
+
+    @contextmanager
+    def placing(self, slot: int, adapter: object) -> Iterator[None]:
+        """Meanwhile vLLM fills `slot` of all layers with `adapter`."""
+        layers = list(self._layers.values())
+        with ExitStack() as written:
+            for layer in layers:
+                written.enter_context(layer.rewriting(slot, adapter))
+            yield
+        if layers:
+            self._keep(adapter, len(layers[0].a[0]))
+
+    def _keep(self, adapter: object, slots: int) -> None:
+        """What is laid out of it when it leaves its slot; of as many as there are slots, beside
+        those that are in one."""
+        self._recent.pop(id(adapter), None)
+        self._recent[id(adapter)] = ref(adapter)
+        while len(self._recent) > 2 * slots:
+            oldest = self._recent.pop(next(iter(self._recent)))()
+            if oldest is not None:
+                for layer in self._layers.values():
+                    layer.drop(oldest)
 
     def _layer(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> Layer:
         layer = self._layers.get(id(a[0]))

@@ -1,9 +1,10 @@
 """The weights of the adapters in their slots as the CPU multiplies with them: laid side by side,
-once for as long as they stay there."""
+once for as long as they stay there. Those of one adapter are kept when it leaves, for a while."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from vllm import _custom_ops as ops
@@ -120,6 +121,10 @@ class Layer:
         self._written = (*a, *b)
         self._versions()
         self._packs: dict[tuple[int, ...], Pack] = {}
+        self._owners: dict[int, tuple[ReferenceType[object], tuple[int, ...]]] = {}
+        """Of slots, the adapter that is in it, at which versions."""
+        self._kept = WeakKeyDictionary[object, Pack]()
+        """Of single adapters, whatever slot they were in."""
 
     def pack(self, slots: tuple[int, ...], offsets: Sequence[int]) -> Pack:
         versions = self._versions()
@@ -129,23 +134,49 @@ class Layer:
             mixed = [kept for kept in self._packs if len(kept) > 1]
             if len(slots) > 1 and len(mixed) >= MIXED_PACKS:
                 del self._packs[mixed[0]]
-            pack = self._packs[slots] = _packed(self.a, self.b, slots, offsets, versions)
+            pack = self._packs[slots] = self._made(slots, offsets, versions)
         return pack
 
-    def rewrite(self, slot: int, write: Callable[[], None]) -> None:
-        """Let `write` change what is in `slot`, and nothing else; packs of others stay valid."""
+    def _made(
+        self, slots: tuple[int, ...], offsets: Sequence[int], versions: tuple[int, ...]
+    ) -> Pack:
+        owner, at = self._owners.get(slots[0], (None, None))
+        adapter = owner() if owner and len(slots) == 1 and at == versions else None
+        if adapter is None:
+            return _packed(self.a, self.b, slots, offsets, versions)
+        if kept := self._kept.get(adapter):
+            layout = tuple(tuple((slots[0], rank) for _, rank in part) for part in kept.layout)
+            return replace(kept, versions=versions, layout=layout)
+        pack = self._kept[adapter] = _packed(self.a, self.b, slots, offsets, versions)
+        return pack
+
+    @contextmanager
+    def rewriting(self, slot: int, adapter: object) -> Iterator[None]:
+        """Meanwhile `adapter` is written into `slot` and nothing else anywhere: what is known of
+        others stays valid."""
         before = self._versions()
-        write()
+        yield
         after = self._versions()
         self._packs = {
             slots: replace(pack, versions=after)
             for slots, pack in self._packs.items()
             if slot not in slots and pack.versions == before
         }
+        self._owners = {
+            other: (owner, after)
+            for other, (owner, versions) in self._owners.items()
+            if other != slot and versions == before
+        }
+        self._owners[slot] = ref(adapter), after
+
+    def drop(self, adapter: object) -> None:
+        """Keep nothing of an adapter for when it comes back."""
+        self._kept.pop(adapter, None)
 
     def forget(self, gone: set[int]) -> None:
-        """Free the packs of these slots."""
+        """Free the packs of these slots, which their adapters have left."""
         self._packs = {slots: it for slots, it in self._packs.items() if not gone & set(slots)}
+        self._owners = {slot: it for slot, it in self._owners.items() if slot not in gone}
 
     def _versions(self) -> tuple[int, ...]:
         return tuple(map(version, self._written))

@@ -292,10 +292,10 @@ class _Load:
         ours = isinstance(wrapper, CpuPunicaWrapper)
         if ours and isinstance(module, LogitsProcessorWithLoRA):
             a, b = module.lora_a_stacked, module.lora_b_stacked
-            wrapper.place(slot, (a,), (b,), b.shape[2:3], write)
+            wrapper.place(slot, self._model, (a,), (b,), b.shape[2:3], write)
         elif ours and isinstance(module, BaseLinearLayerWithLoRA) and not self._sharded:
             a, b = module.lora_a_stacked, module.lora_b_stacked
-            wrapper.place(slot, a, b, module.output_slices, write)
+            wrapper.place(slot, self._model, a, b, module.output_slices, write)
         else:
             write()
 

@@ -1,5 +1,6 @@
 """Each row gets its own adapter, those of the base model none (hazards 1 and 2)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -79,14 +80,17 @@ class Layer:
             for outputs in self.outputs
         )
 
-    def place(self, slot: int, ranks: tuple[int, ...]) -> None:
+    def place(
+        self, slot: int, ranks: tuple[int, ...], random: torch.Generator | None = None
+    ) -> None:
         """Another adapter, of the given rank in each slice; 0 leaves the slice alone."""
+        random = random or self._random
         with torch.inference_mode():
             for a, b, rank in zip(self.a, self.b, ranks, strict=True):
                 a[slot] = 0
                 b[slot] = 0
-                a[slot, 0, :rank] = torch.randn(rank, self.inputs, generator=self._random)
-                b[slot, 0, :, :rank] = torch.randn(b.shape[2], rank, generator=self._random)
+                a[slot, 0, :rank] = torch.randn(rank, self.inputs, generator=random)
+                b[slot, 0, :, :rank] = torch.randn(b.shape[2], rank, generator=random)
 
     def rows(self, count: int) -> torch.Tensor:
         return torch.randn(count, self.inputs, generator=self._random).bfloat16()
@@ -116,23 +120,53 @@ class Layer:
         return bool(((y.double() - expected).abs() > largest * 2**-6).any())
 
 
-RANKS = st.tuples(*[st.integers(0, Layer.rank)] * 3)
 ROWS = st.lists(
     st.tuples(st.integers(-1, Layer.slots - 1), st.integers(1, 40)), min_size=1, max_size=8
 )
 
 
-@settings(deadline=None, max_examples=150)
-@given(
-    st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 3), RANKS), max_size=3), ROWS), max_size=6)
+@dataclass(eq=False)
+class Adapter:
+    """What vLLM keeps in main memory."""
+
+    seed: int
+
+    def into(self, layer: Layer, slot: int) -> None:
+        ranks = (8, 4, 0) if self.seed % 2 else (3, 8, 8)
+        layer.place(slot, ranks, torch.Generator().manual_seed(self.seed))
+
+
+def _staged(wrapper: CpuPunicaWrapper, layer: Layer, slot: int, adapter: Adapter) -> None:
+    """Between steps, as staging does."""
+    wrapper.place(slot, adapter, layer.a, layer.b, layer.outputs, lambda: adapter.into(layer, slot))
+
+
+def _activated(wrapper: CpuPunicaWrapper, layer: Layer, slot: int, adapter: Adapter) -> None:
+    """In a step, as vLLM does with one that it has in main memory."""
+    with wrapper.placing(slot, adapter):
+        adapter.into(layer, slot)
+
+
+def _unseen(wrapper: CpuPunicaWrapper, layer: Layer, slot: int, adapter: Adapter) -> None:
+    """By someone of whom nothing is known."""
+    layer.place(slot, (5, 8, 2))
+
+
+PLACEMENTS = st.tuples(
+    st.sampled_from([_staged, _activated, _unseen]), st.integers(0, 3), st.integers(0, 5)
 )
-def test_every_mix_equals_float64_also_as_adapters_come_and_go(
-    steps: list[tuple[list[tuple[int, tuple[int, ...]]], list[tuple[int, int]]]],
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.lists(PLACEMENTS, max_size=4), ROWS), max_size=8))
+def test_every_mix_equals_float64_also_as_adapters_come_and_go_and_come_back(
+    steps: list[tuple[list[tuple[Any, int, int]], list[tuple[int, int]]]],
 ) -> None:
     layer, wrapper = Layer(0), CpuPunicaWrapper(512, 64, "cpu")
+    adapters = [Adapter(seed) for seed in range(6)]
     for placed, runs in steps:
-        for slot, ranks in placed:
-            layer.place(slot, ranks)
+        for way, slot, number in placed:
+            way(wrapper, layer, slot, adapters[number])
         assert not layer.differ(wrapper, [slot for slot, length in runs for _ in range(length)])
 
 
@@ -221,20 +255,72 @@ def test_an_embedding_that_no_adapter_changes_costs_nothing_until_one_does(
 
 
 def _place(wrapper: CpuPunicaWrapper, layer: Layer, slot: int) -> None:
-    """As staging does, between steps."""
-    wrapper.place(slot, layer.a, layer.b, layer.outputs, lambda: layer.place(slot, (8, 4, 0)))
+    """One that nobody keeps."""
+    _staged(wrapper, layer, slot, Adapter(2 * slot + 1))
 
 
-def test_placing_an_adapter_lays_out_nothing_else_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
-    packed: list[tuple[int, ...]] = []
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The slots of whatever is laid out."""
+    seen: list[tuple[int, ...]] = []
     real = cpu_packs._packed
 
     def watched(a: Any, b: Any, slots: tuple[int, ...], *others: Any) -> Any:
-        packed.append(slots)
+        seen.append(slots)
         return real(a, b, slots, *others)
 
     monkeypatch.setattr(cpu_packs, "_packed", watched)
+    return seen
+
+
+@pytest.mark.parametrize("place", [_staged, _activated])
+def test_an_adapter_that_comes_back_is_not_laid_out_anew(
+    packed: list[tuple[int, ...]], place: Any
+) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
+    hot, cold = Adapter(1), Adapter(2)
+    _place(wrapper, layer, 1)  # vLLM's layers are known from the first step or placement
+    packed.clear()
+    for adapter, slot in ((hot, 0), (cold, 0), (hot, 3), (cold, 2), (hot, 0)):
+        place(wrapper, layer, slot, adapter)
+        assert not layer.differ(wrapper, [slot] * 3)
+    assert packed == [(0,), (0,)]
+
+
+def test_no_more_is_kept_of_adapters_that_left_than_there_are_slots(
+    packed: list[tuple[int, ...]],
+) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
+    adapters = [Adapter(seed) for seed in range(2 * Layer.slots + 1)]
+    for adapter in adapters:
+        _staged(wrapper, layer, 0, adapter)
+    (of_layer,) = wrapper._layers.values()
+    assert len(of_layer._kept) == 2 * Layer.slots
+    packed.clear()
+    _staged(wrapper, layer, 1, adapters[1])
+    assert packed == []
+    _staged(wrapper, layer, 1, adapters[0])
+    assert packed == [(1,)]
+    del adapter, adapters  # vLLM has no room for them in main memory
+    assert len(of_layer._kept) == 0
+
+
+def test_a_slot_that_was_written_to_unseen_has_nothing_of_its_last_adapter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, wrapper, adapter = Layer(0), CpuPunicaWrapper(64, 64, "cpu"), Adapter(1)
+    _staged(wrapper, layer, 0, adapter)
+    _unseen(wrapper, layer, 0, adapter)
+    assert not layer.differ(wrapper, [0])
+    monkeypatch.setattr(cpu_packs, "version", lambda tensor: 0)
+    stale = CpuPunicaWrapper(64, 64, "cpu")
+    _staged(stale, layer, 0, adapter)
+    _unseen(stale, layer, 0, adapter)
+    assert layer.differ(stale, [0])
+
+
+def test_placing_an_adapter_lays_out_nothing_else_anew(packed: list[tuple[int, ...]]) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(64, 64, "cpu")
     _place(wrapper, layer, 0)
     _place(wrapper, layer, 1)
     assert not layer.differ(wrapper, [0, 1, -1])
