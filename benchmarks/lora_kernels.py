@@ -1,7 +1,7 @@
 """Settings of vLLM's LoRA kernels for the GPU that is here, and what a step costs with them.
 
-    python -m benchmarks.lora_kernels find [--out r3mes_vllm/engine/lora_kernels] [--seconds 90]
-    python -m benchmarks.lora_kernels compare
+    python -m benchmarks.lora_kernels find [--out lora_kernels] [--seconds 90]
+    python -m benchmarks.lora_kernels compare [--out lora_kernels]
 
 `find` times the kernels alone, each candidate in a CUDA graph over so many layers that their
 weights are not in the cache, and writes the best as the files that vLLM reads from
@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.shapes import SHAPES, Shape
-from r3mes_vllm.engine.gpu_lora import SETTINGS
 
 SHRINK, EXPAND = "shrink", "expand"
 SLOTS, TOKENS, RANKS = (8, 32), (64, 16, 256, 2048), (16, 64)
@@ -456,7 +455,7 @@ def profile(name: str, graph: torch.cuda.CUDAGraph) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("find", "compare"))
-    parser.add_argument("--out", type=Path, default=SETTINGS)
+    parser.add_argument("--out", type=Path, default=Path("lora_kernels"))
     parser.add_argument("--seconds", type=float, default=90)
     given = parser.parse_args()
     if given.what == "find":

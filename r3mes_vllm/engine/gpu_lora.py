@@ -11,31 +11,19 @@ where no request has an adapter.
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from vllm import envs
-from vllm.platforms import current_platform
-
-SETTINGS = Path(__file__).parent / "lora_kernels"
-"""Of vLLM's kernels, by the card's name: `benchmarks/lora_kernels.py` finds them on it."""
 
 
 def bound() -> None:
-    if (SETTINGS / f"{_card()}_SHRINK.json").exists():
-        os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(SETTINGS))
     if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         # B's kernel follows two others; started early, it could only wait for one of them.
         os.environ.setdefault("VLLM_LORA_DISABLE_PDL", "1")
         from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
         BaseLinearLayerWithLoRA._apply_async_impl = apply
-
-
-def _card() -> str:
-    """As vLLM names the files of its settings."""
-    return str(current_platform.get_device_name()).replace(" ", "_").replace("-", "_")
 
 
 def apply(self: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
