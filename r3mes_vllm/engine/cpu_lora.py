@@ -22,6 +22,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from r3mes_vllm.engine import cpu_packs
 from r3mes_vllm.engine.cpu_packs import MIXED_PACKS, Layer, Layout, Task
+from r3mes_vllm.engine.row_counts import LORA_MOST
 
 _LONG_RUN = 128
 """Rows from which an adapter has products of its own."""
@@ -137,18 +138,21 @@ class CpuPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             pack = layer.pack(segment.slots, output_slices)
             if pack.a is None:
                 continue
-            count = segment.end - segment.start
             dtype, widest = pack.a.dtype, max(pack.a.outputs, pack.b[0][4].outputs)
-            tasks.append(
-                Task(
-                    None if count == rows else slice(segment.start, segment.end),
-                    count,
-                    pack.a,
-                    self._mask(segment, pack.layout) if segment.mixed else None,
-                    pack.b,
-                    self._scratch(dtype) if cpu_packs.filled(count) * widest <= _SCRATCH else None,
+            mask = self._mask(segment, pack.layout) if segment.mixed else None
+            for start in range(segment.start, segment.end, LORA_MOST):
+                end = min(start + LORA_MOST, segment.end)
+                scratch = cpu_packs.filled(end - start) * widest <= _SCRATCH
+                tasks.append(
+                    Task(
+                        None if end - start == rows else slice(start, end),
+                        end - start,
+                        pack.a,
+                        None if mask is None else mask[start - segment.start : end - segment.start],
+                        pack.b,
+                        self._scratch(dtype) if scratch else None,
+                    )
                 )
-            )
         return tasks
 
     def _scratch(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,8 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
         # Seconds, longer than clients keep an idle connection (httpx 5): who closes last breaks no
         # request.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
-        # Compiled products, of 250 KB each: oneDNN's for the numbers of rows in `row_counts`, and
-        # those that torch keeps beside it. By default it is 1,024 of both.
+        # Compiled products, of up to half a MB each: oneDNN's for the numbers of rows in
+        # `row_counts`, and those that torch keeps beside it. By default it is 1,024 of both.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "640",
         "LRU_CACHE_CAPACITY": "128",
     }

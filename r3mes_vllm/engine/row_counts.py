@@ -1,9 +1,10 @@
 """Numbers of rows that oneDNN has its products for.
 
-It compiles each product for its number of rows: 250 KB and a few milliseconds for each matrix of a
-layer. A batch has any number of tokens, so an engine would compile for as long as it lives, and the
-heap would grow by the room between what goes and what comes. Filled up with zeros to the next of a
-few numbers, the products stay; those of the usual batches are made at the start.
+It compiles each product for its number of rows: half a MB and a millisecond or more for each
+matrix of a layer. A batch has any number of tokens, so an engine would compile for as long as it
+lives, and the heap would grow by the room between what goes and what comes. In parts of so many
+rows at most, filled up with zeros to the next of a few numbers, the products stay; the base
+model's are made at the start.
 """
 
 from itertools import takewhile
@@ -12,13 +13,16 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
-STEPS, LORA_STEPS = 8, 2
-"""Between a power of two and the next: one row in twenty-five is added, of an adapter's products,
-which are narrow, one in six."""
+STEPS, LORA_STEPS = 8, 1
+"""Between a power of two and the next: of the base model one row in twenty-five is added, of an
+adapter's products, which are narrow, a third."""
+MOST, LORA_MOST = 512, 128
+"""Rows of one product at most; to read the weights once for each costs one part in forty."""
 KEPT = 128
-"""By each product: more than there are up to 65,536 rows."""
-_AT_THE_START, _WORK = 512, 10**10
-"""Rows, and multiplications of one product, up to which one is made before it is asked for."""
+"""By each product: more than there are numbers of rows."""
+_WORK = 10**10
+"""Multiplications up to which a product is made before it is asked for: not those of a vocabulary
+for more rows than draw a token."""
 
 _made = set[tuple[int, int, torch.dtype, bool]]()
 """Shapes of matrices that were multiplied with."""
@@ -66,14 +70,19 @@ def _multiply(handler: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch
 
 def _make(handler: Any, x: torch.Tensor, bias: torch.Tensor | None) -> None:
     """oneDNN gives a product to all matrices of one shape, of all layers."""
-    counts = sorted({rounded(rows) for rows in range(1, _AT_THE_START + 1)})
+    counts = sorted({rounded(rows) for rows in range(1, MOST + 1)})
     for rows in takewhile(lambda it: it * handler.k * handler.n <= _WORK, counts):
         _product(handler, x.new_zeros(rows, handler.k), bias)
 
 
 def _product(handler: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = len(x)
-    x = filled_up(x, rounded(rows))
-    into = x.new_empty(len(x), handler.n)
-    torch.ops._C.onednn_mm(into, x, bias, handler.handler_tensor)
+    whole = rows // MOST * MOST
+    into = x.new_empty(whole + rounded(rows - whole), handler.n)
+    for begin in range(0, rows, MOST):
+        part = x if rows <= MOST else x[begin : begin + MOST]
+        count = rounded(len(part))
+        torch.ops._C.onednn_mm(
+            into[begin : begin + count], filled_up(part, count), bias, handler.handler_tensor
+        )
     return into[:rows]

@@ -180,6 +180,24 @@ def test_long_runs_and_many_columns_equal_float64(monkeypatch: pytest.MonkeyPatc
     assert not layer.differ(CpuPunicaWrapper(2048, 64, "cpu"), slots)
 
 
+def test_an_adapters_products_are_of_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, wrapper = Layer(0), CpuPunicaWrapper(2048, 64, "cpu")
+    for slot in range(layer.slots):
+        layer.place(slot, (8, 8, 8))
+    real, seen = cpu_packs.Product.__call__, set()
+
+    def watched(self: Any, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.add(len(x))
+        return real(self, x, *others)
+
+    monkeypatch.setattr(cpu_packs.Product, "__call__", watched)
+    for count in (1, 2, 3, 5, 9, 30, 63, 100, 127, 128, 129, 200, 255, 300, 1000):
+        assert not layer.differ(wrapper, [0] * count)
+        third = count // 3
+        assert not layer.differ(wrapper, [0] * third + [1] * third + [-1] * third + [2])
+    assert len(seen) <= 8
+
+
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_with_and_without_the_processors_bf16_it_equals_float64(
     monkeypatch: pytest.MonkeyPatch, computed_in: torch.dtype

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vllm import _custom_ops as ops
 
 from r3mes_vllm.engine import row_counts
-from r3mes_vllm.engine.row_counts import KEPT, LORA_STEPS, STEPS, rounded
+from r3mes_vllm.engine.row_counts import KEPT, LORA_STEPS, MOST, STEPS, rounded
 
 GROWS = """
 import sys
@@ -45,10 +45,10 @@ def grown_by(whose: str) -> tuple[int, int]:
 def test_batch_sizes_leave_few_products_behind() -> None:
     (usual, large), (stock_usual, stock_large) = grown_by("ours"), grown_by("vllm")
     assert usual < 0.02 * stock_usual, "those of the usual batches were made at the start"
-    assert large < 0.3 * stock_large
+    assert large < 0.02 * stock_large, "the others are taken in parts"
 
 
-@given(st.integers(0, 1 << 16), st.sampled_from([(STEPS, 1.125), (LORA_STEPS, 1.5)]))
+@given(st.integers(0, 1 << 16), st.sampled_from([(STEPS, 1.125), (LORA_STEPS, 2.0)]))
 def test_few_rows_are_added(rows: int, allowed: tuple[int, float]) -> None:
     steps, most = allowed
     assert rows <= rounded(rows, steps) <= most * rows
@@ -56,10 +56,10 @@ def test_few_rows_are_added(rows: int, allowed: tuple[int, float]) -> None:
 
 
 def test_a_handler_keeps_all() -> None:
-    assert len({rounded(rows) for rows in range(1, (1 << 16) + 1)}) <= KEPT
+    assert len({rounded(rows) for rows in range(1, MOST + 1)}) <= KEPT
 
 
-@pytest.mark.parametrize("shape", [(1,), (9,), (17,), (129,), (3, 7), (0,)])
+@pytest.mark.parametrize("shape", [(1,), (9,), (17,), (129,), (512,), (1101,), (3, 7), (0,)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_product_is_as_it_was(shape: tuple[int, ...], biased: bool) -> None:
     torch.manual_seed(0)
