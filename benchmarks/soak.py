@@ -2,10 +2,11 @@
 
     r3mes-vllm bench soak [--seconds 3600] [--rounds 5]
 
-One node: streams of the base model and of an adapter that stays, with prompts of all lengths, while
-other adapters are put under a name, asked for, replaced by another version and taken away. The
-first third of the time warms up; each of the equal parts after it is a pair with the first of them.
-What memory grows by in an hour is the slope of a line through all that was seen after the warm-up.
+One node: streams of the base model and of an adapter that stays, with prompts and answers of all
+lengths, while other adapters are put under a name, asked for, replaced by another version and taken
+away. The first third of the time warms up, with what comes rarely first: all streams at once, with
+the longest prompts. Each of the equal parts after it is a pair with the first of them. What memory
+grows by in an hour is the slope of a line through all that was seen after the warm-up.
 """
 
 import asyncio
@@ -30,8 +31,11 @@ from tests.in_store import put_in_store
 ADAPTERS, STREAMS = 6, 4
 LOOK_S = 30.0
 LONGEST = 64
-"""Prompt of a stream, in tokens. A CPU's engine compiles products for each number of tokens that a
-step has, and keeps the last ones: with prompts alike it would meet a new one every few minutes."""
+"""Prompt and answer of a stream, in tokens. A CPU's engine compiles products for the numbers of
+tokens that a step has. With answers alike, streams would go on as they happened to begin: those
+that ended in the same step would meet again in each, and the others never."""
+BURSTS = 9
+"""Of all streams at once, in the warm-up."""
 
 
 @dataclass
@@ -64,6 +68,7 @@ def run(plan: Plan, record: Record) -> None:
         rank=8,
         streams=STREAMS,
         prompt_tokens=f"1 to {LONGEST}",
+        answer_tokens=f"1 to {LONGEST}",
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -96,6 +101,12 @@ async def _measured(
     warm_s = for_s / 3
     part_s = (for_s - warm_s) / (plan.rounds + 1)
     async with session() as http:
+        for number in range(BURSTS):
+            asked = (models, models[:1], models[1:])[number % 3]
+            burst = (
+                Asked(asked[i % len(asked)], LONGEST, 4, number + 1000 * i) for i in range(STREAMS)
+            )
+            await asyncio.gather(*(ask(http, url, it) for it in burst))
         before = await _part(http, url, tree, models, cids, warm_s)
         record.note(f"warm-up: {before.cycles} cycles, {before.mib:.0f} MiB")
         first: Part | None = None
@@ -135,7 +146,8 @@ async def _part(
         count = 0
         while time.monotonic() < ends:
             count += 1
-            asked = Asked(models[number % 2], chance.randint(1, LONGEST), 64, number + 1000 * count)
+            lengths = chance.randint(1, LONGEST), chance.randint(1, LONGEST)
+            asked = Asked(models[number % 2], *lengths, number + 1000 * count)
             answer = await ask(http, url, asked)
             part.requests += 1
             if answer.error:
