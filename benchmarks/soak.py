@@ -6,7 +6,8 @@ One node: streams of the base model and of an adapter that stays, with prompts a
 lengths, while other adapters are put under a name, asked for, replaced by another version and taken
 away. The first third of the time warms up, with what comes rarely first: all streams at once, with
 the longest prompts. Each of the equal parts after it is a pair with the first of them. What memory
-grows by in an hour is the slope of a line through all that was seen after the warm-up.
+grows by in an hour is the slope of a line through the most of each minute after the warm-up: each
+minute the engine gives back what is free in its heap.
 """
 
 import asyncio
@@ -29,7 +30,8 @@ from benchmarks.shapes import adapter, shape_of
 from tests.in_store import put_in_store
 
 ADAPTERS, STREAMS = 6, 4
-LOOK_S = 30.0
+LOOK_S, OF_S = 1.0, 60.0
+"""Seconds between two looks, and those that the most is told of."""
 LONGEST = 64
 """Prompt and answer of a stream, in tokens. A CPU's engine compiles products for the numbers of
 tokens that a step has. With answers alike, streams would go on as they happened to begin: those
@@ -43,7 +45,7 @@ class Part:
     """What a part of the time was like."""
 
     resident: list[tuple[float, float]] = field(default_factory=list)
-    """When, in seconds, and how much of all the node's processes then, in MiB."""
+    """When, in seconds, and the most of all the node's processes until then, in MiB."""
     descriptors: float = 0.0
     cycles: int = 0
     seconds: float = 0.0
@@ -176,8 +178,11 @@ async def _part(
 
     async def look() -> None:
         while (left := ends - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, LOOK_S))
-            part.resident.append((time.monotonic(), _resident(tree)))
+            most, until = 0.0, time.monotonic() + min(left, OF_S)
+            while time.monotonic() < until:
+                await asyncio.sleep(LOOK_S)
+                most = max(most, _resident(tree))
+            part.resident.append((time.monotonic(), most))
 
     began = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
@@ -186,7 +191,6 @@ async def _part(
         for number in range(STREAMS):
             tasks.create_task(stream(number))
     part.seconds = time.monotonic() - began
-    part.resident.append((time.monotonic(), _resident(tree)))
     part.descriptors = float(sum(it.num_fds() for it in _processes(tree)))
     return part
 

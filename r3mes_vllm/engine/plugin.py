@@ -1,5 +1,6 @@
 """vLLM's `general_plugins` entry point: loaded in every process of vLLM, several times perhaps."""
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ CPU_WRAPPER = "r3mes_vllm.engine.cpu_lora.CpuPunicaWrapper"
 WORKER_EXTENSION = "r3mes_vllm.engine.staging.StagingExtension"
 
 _WATCH, _WATCH_S = "r3mes-parent", 1.0
+_TRIM, _TRIM_S = "r3mes-trim", 60.0
 
 _stock_read = shm_broadcast.SpinCondition.record_read
 _stock_scheduler = SchedulerConfig.get_scheduler_cls
@@ -54,6 +56,8 @@ def register() -> None:
         with suppress(PermissionError):
             os.setpgid(0, 0)
         _end_with_parent()
+        if current_platform.is_cpu():
+            _give_back_what_is_free()
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")  # of every token, for the canary
 
 
@@ -87,6 +91,21 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     _run_beside(_WATCH, watch)
+
+
+def _give_back_what_is_free() -> None:
+    """Batches and adapters of all sizes come and go in the engine's heap. The free room between
+    them, which glibc keeps, is a hundred MB from the start on, and grows for hours."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return
+
+    def trim() -> None:
+        while True:
+            time.sleep(_TRIM_S)
+            libc.malloc_trim(0)
+
+    _run_beside(_TRIM, trim)
 
 
 def _run_beside(name: str, work: Callable[[], None]) -> None:

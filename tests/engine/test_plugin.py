@@ -97,3 +97,28 @@ def test_no_graph_is_of_a_number_of_adapters(tiny_model: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "specialized False" in ended.stdout
     assert "--specialize-active-lora is left out" in ended.stdout + ended.stderr
+
+
+FREES = """
+import sys
+import time
+import psutil
+from r3mes_vllm.engine import plugin
+plugin._TRIM_S = 0.2
+if sys.argv[1] == "ours":
+    plugin._give_back_what_is_free()
+    plugin._give_back_what_is_free()  # a plugin may be loaded twice
+    assert [it.name for it in plugin.threading.enumerate()].count(plugin._TRIM) == 1
+resident = psutil.Process().memory_info
+kept = [b"x" * 50_000 for _ in range(4000)]
+before = resident().rss
+del kept[::2]
+time.sleep(1)
+print("given back", before - resident().rss > 50_000_000)
+"""
+
+
+@pytest.mark.parametrize(("whose", "given_back"), [("ours", True), ("glibc's", False)])
+def test_what_is_free_between_what_is_used_is_given_back(whose: str, given_back: bool) -> None:
+    told = subprocess.check_output([sys.executable, "-c", FREES, whose], text=True)
+    assert f"given back {given_back}" in told
