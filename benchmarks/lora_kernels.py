@@ -145,11 +145,19 @@ class Weights:
         used = min(slots, 8) * rank * 2 * min(inputs * len(outputs), sum(outputs))
         self.layers = max(4, min(32, CACHE // used))
 
-        def made(*size: int) -> torch.Tensor:
-            return torch.randn(*size, dtype=torch.bfloat16, device="cuda") * 0.02
+        made = [stacked(inputs, outputs, slots, rank) for _ in range(self.layers)]
+        self.a, self.b = [a for a, _ in made], [b for _, b in made]
 
-        self.a = [[made(slots, 1, rank, inputs) for _ in outputs] for _ in range(self.layers)]
-        self.b = [[made(slots, 1, it, rank) for it in outputs] for _ in range(self.layers)]
+
+def stacked(
+    inputs: int, outputs: Sequence[int], slots: int, rank: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A and B of random adapters in all slots of a layer, as vLLM keeps them."""
+
+    def made(*size: int) -> torch.Tensor:
+        return torch.randn(slots, 1, *size, dtype=torch.bfloat16, device="cuda") * 0.02
+
+    return [made(rank, inputs) for _ in outputs], [made(it, rank) for it in outputs]
 
 
 def meta(slots: int, tokens: int) -> Any:
@@ -180,10 +188,9 @@ class Bench:
         self._module: Any = lora_shrink_op if it.kind == SHRINK else lora_expand_op
         self._weights = Weights(it.inputs, it.outputs, it.slots, it.rank)
         self._told = meta(it.slots, it.tokens).meta_args(it.tokens, False)
-        device = "cuda"
-        self._x = torch.randn(it.tokens, it.inputs, dtype=torch.bfloat16, device=device)
-        self._between = torch.zeros(it.slices, it.tokens, it.rank, device=device)
-        self._y = torch.zeros(it.tokens, sum(it.outputs), dtype=torch.bfloat16, device=device)
+        self._x = torch.randn(it.tokens, it.inputs, dtype=torch.bfloat16, device="cuda")
+        self._between = torch.zeros(it.slices, it.tokens, it.rank, device="cuda")
+        self._y = torch.zeros(it.tokens, sum(it.outputs), dtype=torch.bfloat16, device="cuda")
 
     def once(self, setting: Setting, layers: int) -> None:
         self._module.get_lora_op_configs = lambda *_, **__: setting
@@ -200,15 +207,11 @@ class Bench:
         layers = self._weights.layers
         try:
             self.once(setting, layers)
-            return 1e6 * least_s(lambda: self.once(setting, layers)) / layers
+            graph = captured(lambda: self.once(setting, layers))
+            return 1e6 * min(graph_s(graph, REPLAYS)) / layers
         except Exception as error:  # noqa: BLE001 - Triton raises its own for what does not fit
             print(f"{self._it.kind} {setting}: {error}", file=sys.stderr)
             return float("inf")
-
-
-def least_s(work: Callable[[], object], replays: int = REPLAYS) -> float:
-    """Seconds of `work` as a CUDA graph."""
-    return min(graph_s(captured(work), replays))
 
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -323,14 +326,7 @@ class Layer:
             from vllm.lora.layers.utils import _get_lora_aux_cuda_stream
 
             self.punica_wrapper, slots, rank = adapters
-            made = [
-                [
-                    torch.randn(slots, 1, *size, dtype=torch.bfloat16, device="cuda") * 0.02
-                    for size in sizes
-                ]
-                for sizes in ([(rank, inputs) for _ in outputs], [(it, rank) for it in outputs])
-            ]
-            self.lora_a_stacked, self.lora_b_stacked = made
+            self.lora_a_stacked, self.lora_b_stacked = stacked(inputs, outputs, slots, rank)
             self._events = [EVENT(), EVENT()]
             self._lora_stream = _get_lora_aux_cuda_stream()
             self.device = self.base_layer.device
