@@ -257,10 +257,16 @@ def _module_of(tensor: str) -> str:
 
 
 def modules_are_served(it: Candidate) -> None:
-    """Without a word vLLM leaves out the weights of modules that its operator left out."""
-    if it.base is None:
-        return
+    """Without a word vLLM leaves out the weights of modules that its operator left out.
+
+    Log-probabilities of a prompt it computes with what `lm_head` has of some other request; on a
+    CPU it ends then.
+    """
     for module in map(_module_of, it.tensors):
+        if module.rpartition(".")[2] == "lm_head":
+            refuse("modules_are_served", "lm_head takes no adapters", hint="train it without that")
+        if it.base is None:
+            continue
         if not it.base.takes(module):
             refuse(
                 "modules_are_served",

@@ -15,6 +15,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
 from r3mes_vllm.adapters.files import read_header
+from r3mes_vllm.engine import fitting
 
 _CHUNK = 1 << 20
 """Bytes read at once."""
@@ -27,11 +28,14 @@ _NICE = 10
 def read(runner: Any, request: LoRARequest) -> LoRAModel:
     """The adapter as vLLM's manager keeps it, in memory of its own; pinned where there is a GPU.
 
-    Raises what vLLM raises of a bad adapter. To be called in a thread that does nothing else.
+    Raises what vLLM raises of a bad adapter, and ValueError where it is not of this model's layers.
+    To be called in a thread that does nothing else.
     """
     _step_back(runner.device)
     model: LoRAModel = runner.lora_manager._load_adapter(request)
-    runner.lora_manager._adapter_manager._create_merged_loras_inplace(model)
+    manager = runner.lora_manager._adapter_manager
+    manager._create_merged_loras_inplace(model)
+    fitting.check(manager, model)
     return model
 
 

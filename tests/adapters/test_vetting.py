@@ -225,6 +225,19 @@ def test_what_vllm_would_leave_out_is_refused(tmp_path: Path) -> None:
     vet(directory, base=dataclasses.replace(BASE, targets=only | {"gate_proj", "down_proj"}))
 
 
+@pytest.mark.parametrize("base", [None, ModelShape("a model of no known family", None)])
+def test_the_head_takes_none(tmp_path: Path, base: ModelShape | None) -> None:
+    """vLLM would end when somebody asks for a prompt's log-probabilities beside it."""
+    tensors = weights()
+    for side, shape in (("A", (8, 64)), ("B", (300, 8))):
+        tensors[f"base_model.model.lm_head.lora_{side}.weight"] = torch.zeros(shape)
+    names = sorted({it.rpartition(".")[2] for it in tiny.modules()} | {"lm_head"})
+    directory = write(tmp_path / "a", {**tiny.config(), "target_modules": names}, tensors)
+    with pytest.raises(AdapterRefused, match="lm_head takes no adapters") as caught:
+        vet(directory, base=base)
+    assert caught.value.rule == "modules_are_served"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -39,7 +39,8 @@ from r3mes_vllm.engine.staging import StagingExtension
 from r3mes_vllm.errors import R3mesError
 
 GOOD = 6
-BROKEN = ("truncated", "no config", "too wide", "missing")
+MISFITS = ("too wide", "too narrow", "of no layer")
+BROKEN = ("truncated", "no config", "missing", *MISFITS)
 SLOW_S = 3.0
 LIMIT_S = 30.0
 PROMPTS = [[40 + number] * 6 for number in range(3)]
@@ -224,12 +225,14 @@ class Trial:
             request = await self.load("2")
             after = await staging.resident(self.engine)
             cached = await self.engine.list_loras()
+            misfits = {name: await self.refused(name) for name in MISFITS}
         answer = await self.answer(request)
         await self.remove(*busy, request)
         return {
             "before": sorted(before),
             "after": sorted(after),
             "cached": request.lora_int_id in cached,
+            "misfits": misfits,
             "answer": answer,
         }
 

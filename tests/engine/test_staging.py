@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from tests import tiny
-from tests.engine.staged import BROKEN, GOOD, SLOW_S
+from tests.engine.staged import BROKEN, GOOD, MISFITS, SLOW_S
 
 
 def _spoil(folder: Path, how: str) -> None:
@@ -22,10 +23,18 @@ def _spoil(folder: Path, how: str) -> None:
         (folder / "adapter_config.json").unlink()
     elif how == "missing":
         shutil.rmtree(folder)
-    elif how == "too wide":  # read without complaint, found out in the last layer
+    else:  # vLLM reads it without complaint
         tensors = tiny.tensors(seed=9)
-        name = f"base_model.model.model.layers.{tiny.LAYERS - 1}.mlp.down_proj.lora_A.weight"
-        tensors[name] = tensors[name].repeat(2, axis=1)
+        layer = f"base_model.model.model.layers.{tiny.LAYERS - 1}"
+        name = f"{layer}.mlp.down_proj.lora_A.weight"
+        if how == "too wide":
+            tensors[name] = tensors[name].repeat(2, axis=1)
+        elif how == "too narrow":
+            tensors[name] = np.ascontiguousarray(tensors[name][:, ::2])
+        else:
+            for side in "AB":
+                old = f"{layer}.self_attn.k_proj.lora_{side}.weight"
+                tensors[old.replace(layer, "base_model.model.model.layers.99")] = tensors.pop(old)
         save_file(tensors, weights)
 
 
@@ -73,7 +82,9 @@ def test_removal_frees_it(seen: dict[str, Any]) -> None:
         ("truncated", "the tensors end at"),
         ("no config", "No adapter found"),
         ("missing", "No adapter found"),
-        ("too wide", "must match the size of tensor"),
+        ("too wide", "the model's maps"),
+        ("too narrow", "the model's maps"),
+        ("of no layer", "the model has no layer 'model.layers.99."),
     ],
 )
 def test_a_broken_one_is_refused_and_leaves_nothing(
@@ -104,6 +115,13 @@ def test_slots_that_requests_use_stay_theirs(seen: dict[str, Any]) -> None:
     assert full["after"] == full["before"]
     assert full["cached"]
     assert full["answer"] == seen["plain"][2]
+
+
+@pytest.mark.parametrize("how", MISFITS)
+def test_while_no_slot_is_free_too(seen: dict[str, Any], how: str) -> None:
+    """vLLM would find out when a slot is free, in a step, and end, or serve something else."""
+    kind, text = seen["full"]["misfits"][how]["error"]
+    assert (kind, "the model" in text) == ("AdapterRefused", True)
 
 
 def test_a_request_takes_the_slot_of_one_half_placed(seen: dict[str, Any]) -> None:
