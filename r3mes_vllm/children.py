@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import NoReturn
 
 import psutil
 
@@ -28,6 +29,11 @@ def end_with(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
+
+
+def ended(number: int, frame: object) -> NoReturn:
+    """A handler of signals: end as who has none, but for what is on the way out."""
+    raise SystemExit(128 + number)
 
 
 def kill_session(leader: int) -> None:

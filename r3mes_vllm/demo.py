@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 import httpx
 
 from r3mes_vllm import settings
 from r3mes_vllm.adapters import shipped
+from r3mes_vllm.children import ended
 from r3mes_vllm.errors import R3mesError
 from r3mes_vllm.node.backend_client import BackendClient
 from r3mes_vllm.report import console, say
@@ -39,7 +39,7 @@ def run(*, once: bool, node_port: int, backend_port: int) -> None:
 
     Raises DemoFailed when one of them ends by itself. Nothing is left running.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, ended)
     state = settings.load().state_dir / "demo"
     state.mkdir(parents=True, exist_ok=True)
     backend_port = _free_port(backend_port)
@@ -75,10 +75,6 @@ def run(*, once: bool, node_port: int, backend_port: int) -> None:
         while node.poll() is None and backend.poll() is None:
             time.sleep(0.2)
         raise DemoFailed("the node or the backend ended by itself; its last lines are above")
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

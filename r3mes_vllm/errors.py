@@ -62,6 +62,18 @@ class PortTaken(R3mesError):
     code = "port_taken"
 
 
+class StateInUse(R3mesError):
+    """By another node, which may be on its way out."""
+
+    code = "state_in_use"
+
+
+class DatabaseUnreachable(R3mesError):
+    """Perhaps for now: its server may come."""
+
+    code = "database_unreachable"
+
+
 class HubUnreachable(R3mesError):
     code = "hub_unreachable"
     status = 503

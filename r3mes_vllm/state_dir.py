@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.errors import ConfigError, StateInUse
 
 _VERSION = "version"
 _LOCK = "node.lock"
@@ -64,7 +64,7 @@ def refuse_newer(folder: Path, steps: Sequence[Step] = STEPS) -> int:
 
 @contextmanager
 def used_by_a_node(folder: Path) -> Iterator[None]:
-    """Raises ConfigError while another node uses it: two can't share a wallet.
+    """Raises StateInUse while another node uses it: two can't share a wallet; ConfigError.
 
     The lock is the process's own, so that neither children nor `exec` keep it.
     """
@@ -79,7 +79,7 @@ def used_by_a_node(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise _unusable(folder, error) from error
             other = os.read(held, 20).decode(errors="replace").strip() or "unknown"
-            raise ConfigError(
+            raise StateInUse(
                 f"another node runs with the state directory {folder}: process {other}",
                 hint="stop that one, or set R3MES_STATE_DIR and --port for a second node",
             ) from error

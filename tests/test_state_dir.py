@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.errors import ConfigError, StateInUse
 from r3mes_vllm.state_dir import STEPS, Step, prepare, used_by_a_node
 from tests.backend.stand_ins import LEGAL_CID
 from tests.cli.test_cli import run
@@ -127,7 +127,7 @@ def test_a_second_serve_is_refused_before_anything_is_fetched(tmp_path: Path) ->
         R3MES_STATE_DIR=str(tmp_path),
     )
     other.communicate()
-    assert found.returncode == 2
+    assert found.returncode == 1
     assert f"another node runs with the state directory {tmp_path}" in found.stderr
     assert f"process {other.pid}" in found.stderr
     assert "R3MES_STATE_DIR and --port" in found.stderr
@@ -137,7 +137,7 @@ def test_a_second_serve_is_refused_before_anything_is_fetched(tmp_path: Path) ->
 def test_two_nodes_can_not_use_it_and_a_killed_one_does_not(tmp_path: Path) -> None:
     other = holder(tmp_path)
     with (
-        pytest.raises(ConfigError, match=f"process {other.pid}") as caught,
+        pytest.raises(StateInUse, match=f"process {other.pid}") as caught,
         used_by_a_node(tmp_path),
     ):
         pass

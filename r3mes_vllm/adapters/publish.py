@@ -28,7 +28,11 @@ async def publish(
     Raises AdapterRefused for what no node would serve, and AdapterError when the daemon fails.
     """
     if not directory.is_dir():  # noqa: ASYNC240 - a local file, asked once
-        raise AdapterRefused("files_are_there", f"{directory} is not a directory")
+        raise AdapterRefused(
+            "files_are_there",
+            f"{directory} is not a directory",
+            hint="give the folder that PEFT's save_pretrained wrote",
+        )
     facts = await asyncio.to_thread(vet, directory, base=base)
     with tempfile.TemporaryDirectory() as name:
         packed = Path(name) / "adapter.car"

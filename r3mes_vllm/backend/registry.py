@@ -24,7 +24,7 @@ from r3mes_vllm.backend.migrate import upgrade
 from r3mes_vllm.backend.refusals import Replayed, WrongKey
 from r3mes_vllm.backend.view import View
 from r3mes_vllm.backend.writing import Change, changing, rows
-from r3mes_vllm.errors import ConfigError, R3mesError
+from r3mes_vllm.errors import DatabaseUnreachable, R3mesError
 from r3mes_vllm.signatures import Claim
 
 _NODES: Any = NodeRow.__table__
@@ -49,7 +49,7 @@ class Registry:
     ) -> "AsyncIterator[Registry]":
         """Connect to `url` (see `database_url`) and bring its tables to this version.
 
-        Raises ConfigError if that can't be done.
+        Raises DatabaseUnreachable if that can't be done, ConfigError for no URL of a database.
         """
         where = database_url(url)
         engine, view, name = open_engine(where), View(), uuid.uuid4().hex
@@ -62,7 +62,7 @@ class Registry:
                 except ERRORS as error:
                     shown = where.render_as_string(hide_password=True)
                     cause = getattr(error, "orig", None) or error
-                    raise ConfigError(
+                    raise DatabaseUnreachable(
                         f"can't open the database {shown}: {cause}",
                         hint="check --database-url; that its server runs, or that its directory "
                         "exists and is writable",

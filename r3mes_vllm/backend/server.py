@@ -97,7 +97,7 @@ def warnings(settings: Settings) -> list[str]:
     if beyond and not client_keys(settings) and not settings.insecure:
         found.append(
             f"anyone who reaches {settings.backend_host}:{settings.backend_port} may use /chat "
-            "and /v1: set R3MES_API_KEYS, or pass --insecure if that is meant"
+            "and /v1: set R3MES_API_KEYS, or R3MES_INSECURE=true if that is meant"
         )
     if beyond and not settings.admin_key and not settings.insecure:
         found.append("anyone may register adapters: set R3MES_ADMIN_KEY")

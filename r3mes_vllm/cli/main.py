@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, ParamSpec
 
 import typer
+from typer.exceptions import TyperException
 
 from r3mes_vllm import __version__
 from r3mes_vllm.adapters.files import printable
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # it takes a default in [] for markup, and leaves it out
 )
 
 P = ParamSpec("P")
@@ -80,6 +82,10 @@ def _plain(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+def _group(version: Version = False) -> None:
+    """Its help stands with its name."""
+
+
 app.command("serve", context_settings={"allow_extra_args": True})(_plain(serve.serve))
 app.command("backend")(_plain(backend.backend))
 app.command("demo")(_plain(demo.demo))
@@ -89,20 +95,22 @@ app.command("status")(_plain(status.status))
 
 _adapters = typer.Typer(
     name="adapter",
+    rich_markup_mode=None,
     help="Publish adapters, and keep those on this machine.\n\n"
     "Example: r3mes-vllm adapter inspect ./my-adapter",
 )
 for _name, _command in (adapter.COMMANDS | store.COMMANDS).items():
     _adapters.command(_name)(_plain(_command))
-app.add_typer(_adapters, no_args_is_help=True)
+app.add_typer(_adapters, callback=_group, no_args_is_help=True)
 
 _config = typer.Typer(
     name="config",
+    rich_markup_mode=None,
     help="Look at settings before a program runs with them.\n\nExample: r3mes-vllm config show",
 )
 for _name, _look in config.COMMANDS.items():
     _config.command(_name)(_plain(_look))
-app.add_typer(_config, no_args_is_help=True)
+app.add_typer(_config, callback=_group, no_args_is_help=True)
 
 
 @app.callback()
@@ -115,4 +123,14 @@ def _root(
 
 def main() -> None:
     """Exit status: 0, 1 on failure, 2 on bad usage, 130 on Ctrl-C."""
-    app()
+    try:
+        sys.exit(app(prog_name="r3mes-vllm", standalone_mode=False))
+    except TyperException as error:
+        text, context = error.format_message(), getattr(error, "ctx", None)
+        if text.startswith("Usage:"):  # nothing was asked: that is the help
+            typer.echo(text, err=True)
+        else:
+            command = context.command_path if context else "r3mes-vllm"
+            typer.echo(f"error: {printable(text)}", err=True)
+            typer.echo(f"  try: {command} --help", err=True)
+        sys.exit(error.exit_code)

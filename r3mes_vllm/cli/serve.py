@@ -1,11 +1,13 @@
 """`r3mes-vllm serve`."""
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from r3mes_vllm import settings
+from r3mes_vllm.children import ended
 from r3mes_vllm.cli.options import (
     Api,
     BackendCa,
@@ -120,6 +122,9 @@ def serve(
         },
         config,
     )
+    # As vLLM's server does later. In a container this is process 1, which Linux spares a signal
+    # that it has no handler for.
+    signal.signal(signal.SIGTERM, ended)
     from r3mes_vllm.node import startup
 
     root = context.find_root()

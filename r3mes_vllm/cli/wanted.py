@@ -20,6 +20,7 @@ from r3mes_vllm.settings import Settings
 Model = Annotated[
     str | None, typer.Option(help="Hub name or directory of the base model it must fit.")
 ]
+_PLACES = "give a directory, a CAR, a CID, CID/PATH or a name"
 What = Annotated[str, typer.Argument(help="A directory, a CAR, a CID, CID/PATH or a NAME.")]
 
 
@@ -73,11 +74,12 @@ async def find_wanted(given: Settings, what: str) -> Wanted:
 def require_path_or_name(what: str) -> None:
     """Raises ConfigError for what the system can't look for."""
     try:
-        Path(what).expanduser().exists()
+        if not Catalog.is_place(what) and what.startswith(("/", "./", "../", "~")):
+            raise ConfigError(f"there is no {short(what)}", hint=_PLACES)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{short(what)} can't be looked for: {str(error)[:80]}",
-            hint="give a directory, a CAR, a CID, CID/PATH or a name",
+            hint=_PLACES,
         ) from error
 
 

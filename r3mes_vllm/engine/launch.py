@@ -3,7 +3,7 @@
 import difflib
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from r3mes_vllm.children import ended
 from r3mes_vllm.engine.sizes import Sizes
 from r3mes_vllm.errors import ConfigError, EngineError
 from r3mes_vllm.unread import bounded
@@ -50,20 +51,28 @@ def arguments(
 
 def check(model: str, options: Mapping[str, Any], arguments: Sequence[str]) -> None:
     """Raises ConfigError for what vLLM's parser would not take: `options`, by their names, that it
-    does not know, or values in `arguments`, which they are part of."""
+    does not know, or what is in `arguments`, which they are part of."""
     parser = _parser()
     known = {it.lstrip("-") for it in parser._option_string_actions}
     for name in options:
         if (option := name.replace("_", "-")) not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            nearest = f": did you mean {close[0]}?" if close else ""
+            nearest = _nearest(option, known)
             raise ConfigError(f"[vllm] {name}: vLLM has no such option{nearest}")
 
     def refuse(message: str) -> NoReturn:
+        if (unknown := message.removeprefix("unrecognized arguments: ")) != message:
+            option = unknown.split()[0].partition("=")[0]
+            nearest = _nearest(option.lstrip("-"), known)
+            raise ConfigError(f"{option}: vLLM has no such option{nearest}")
         raise ConfigError(f"vLLM's parser says: {message}")
 
     parser.error = refuse
     parser.parse_args(["--model", model, *arguments])
+
+
+def _nearest(option: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(option, known, n=1)
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def run(
@@ -81,7 +90,7 @@ def run(
         # Until the engine has started. vLLM's own are exceptions that it swallows itself, and
         # asyncio's is heard when the start is over, minutes later perhaps.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _end)
+            signal.signal(number, ended)
         return socket_for(address) or bounded(stock(address, reuse_port=reuse_port))
 
     launcher.create_server_socket = create_server_socket
@@ -96,10 +105,6 @@ def run(
             f"vLLM did not start: {error}",
             hint="r3mes-vllm --debug serve ... shows its own log; its options come after --",
         ) from error
-
-
-def _end(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _parser() -> FlexibleArgumentParser:

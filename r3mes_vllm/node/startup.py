@@ -57,10 +57,10 @@ def _serve(settings: Settings, passed_on: Sequence[str], early: Early, *, verbos
     report.begin("base model")
     model = _model(settings)
     environment.prepare(local_model=os.path.isdir(model), verbose=verbose)
-    if settings.vllm:
+    if settings.vllm or passed_on:
         from r3mes_vllm.engine import launch
 
-        launch.check(model, settings.vllm, settings.vllm_arguments)
+        launch.check(model, settings.vllm, [*settings.vllm_arguments, *passed_on])
     name = served_name(model)
     base = shape_of(model, name, targets_of([*settings.vllm_arguments, *passed_on]))
     report.done("base model", name)

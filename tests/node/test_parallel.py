@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.errors import StateInUse
 from r3mes_vllm.state_dir import used_by_a_node
 from tests import tiny
 from tests.conftest import NODE_STARTS_S, Network
@@ -105,7 +105,7 @@ async def test_two_engines_under_plain_vllm_answer_as_one(
         },
     ) as node:
         await _answers(node, tmp_path / "cache", late, expected)
-        with pytest.raises(ConfigError, match="process"), used_by_a_node(tmp_path / "state"):
+        with pytest.raises(StateInUse, match="process"), used_by_a_node(tmp_path / "state"):
             pass
         assert httpx.post(f"{url}/v1/load_lora_adapter", json={}).status_code == 404
         listed = {it["id"]: it for it in httpx.get(f"{url}/v1/models").json()["data"]}
