@@ -24,7 +24,15 @@ from r3mes_vllm.engine import staging
 from r3mes_vllm.engine.failures import Failures
 from r3mes_vllm.engine.names import BY_CID, Held, HeldNames, held
 from r3mes_vllm.engine.version import State, Version
-from r3mes_vllm.errors import AdapterNotReady, BadCID, EngineError, R3mesError, UnknownAdapter
+from r3mes_vllm.errors import (
+    AdapterNotReady,
+    BadCID,
+    DiskFull,
+    EngineError,
+    R3mesError,
+    StorageFull,
+    UnknownAdapter,
+)
 from r3mes_vllm.ipfs.cid import CID
 
 LOAD_TIMEOUT_S = 120.0
@@ -293,7 +301,7 @@ class Host:
 
     async def _load(self, version: Version) -> None:
         if version.obtained is None:
-            version.obtained = await self._obtain(CID.parse(version.cid))
+            version.obtained = await self._obtain_with_room(CID.parse(version.cid))
             version.became(State.VETTED)
         async with self._engine_lock:
             if version.on_engine:
@@ -304,6 +312,26 @@ class Host:
             self.loads["done"] += 1
             version.used_at = time.monotonic()
             version.became(State.STAGED)
+
+    async def _obtain_with_room(self, cid: CID) -> Obtained:
+        """While the cache is full of what is leased here, give up what was idle for longest."""
+        while True:
+            try:
+                return await self._obtain(cid)
+            except DiskFull:  # perhaps of others' files
+                raise
+            except StorageFull:
+                idle = [it for it in self._versions.values() if self._can_go(it)]
+                if not idle:
+                    raise
+            oldest = min(idle, key=lambda it: it.used_at)
+            for name in tuple(oldest.names):
+                self._unpoint(name)
+            await self._end(oldest)
+
+    def _can_go(self, version: Version) -> bool:
+        busy = version.keep or version.uses or version in self._loading
+        return version.obtained is not None and not busy
 
     def _on_engine(self) -> int:
         return sum(it.on_engine for it in self._versions.values())

@@ -16,6 +16,7 @@ from r3mes_vllm.errors import (
     AdapterRefused,
     ContentNotFound,
     EngineError,
+    StorageFull,
     UnknownAdapter,
 )
 from r3mes_vllm.ipfs.cid import CID, RAW
@@ -406,3 +407,23 @@ async def test_a_name_with_a_cid_is_that_version_or_unknown(world: World) -> Non
         await world.host.load(f"a@{B}")
     with pytest.raises(UnknownAdapter):
         await world.host.load(f"b@{A}")
+
+
+async def test_what_only_waits_on_demand_makes_way_when_the_cache_is_full(world: World) -> None:
+    obtain = world.network.obtain
+
+    async def of_two(cid: CID) -> Any:
+        if len(world.network.leased) >= 2:
+            raise StorageFull("the cache is full")
+        return await obtain(cid)
+
+    world.host._obtain = of_two
+    await world.host.put("kept", D)
+    for name in ("a", "b", "c"):
+        await world.host.load(name)
+    assert world.served == {"kept": str(D), "c": str(C)}
+    assert world.network.leased == [D, C]
+    async with world.host.hold("c"):
+        with pytest.raises(StorageFull):
+            await world.host.load("a")
+    assert world.served == {"kept": str(D), "c": str(C)}
