@@ -248,7 +248,10 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         # vLLM takes a relative path that does not exist for a hub repository and downloads it.
-        return value.expanduser().absolute() if value else None
+        try:
+            return value.expanduser().absolute() if value else None
+        except RuntimeError as error:  # `~nobody`
+            raise ValueError(f"{value}: no such user") from error
 
     @property
     def backend(self) -> str:

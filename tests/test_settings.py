@@ -87,6 +87,7 @@ def test_sizes(text: str, size: int) -> None:
         ("backend_url", "localhost:8000"),
         ("wallet_address", "0xabc"),
         ("max_lora_rank", "0"),
+        ("cache_dir", "~nobody-here/x"),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: str) -> None:

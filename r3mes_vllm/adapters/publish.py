@@ -56,7 +56,7 @@ def read_system_prompt(given: str) -> str:
     if given.startswith("@"):
         try:
             given = Path(given[1:]).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: `~nobody`
             raise ConfigError(
                 f"can't read the system prompt: {error}", hint="--system-prompt @FILE, in UTF-8"
             ) from error

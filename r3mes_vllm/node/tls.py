@@ -123,4 +123,7 @@ def _port(text: str) -> int:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # `~nobody`
+        raise argparse.ArgumentTypeError(f"{text}: no such user") from error

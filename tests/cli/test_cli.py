@@ -87,6 +87,8 @@ def test_a_misspelt_variable_is_said_to_who_runs_a_backend(tmp_path: Path) -> No
         ("serve", "--port", "http"),
         ("serve", "--port", "99999"),
         ("serve", "--cache-size", "lots"),
+        ("serve", "--cache-dir", "~nobody-here/x"),
+        ("serve", "--", "--ssl-certfile", "~nobody-here/x"),
         ("serve", "--config", "absent.toml"),
         ("serve",),  # beyond loopback without a key
     ],

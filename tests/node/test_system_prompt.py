@@ -119,7 +119,7 @@ def test_the_authors_text_or_file(tmp_path: Path) -> None:
     assert read_system_prompt(f"@{file}") == "Sei höflich.\n"
     assert read_system_prompt(TOO_LONG[1:]) == TOO_LONG[1:]
     file.write_bytes(b"\xff")
-    wrong: list[Any] = [f"@{file}", f"@{tmp_path / 'absent'}", TOO_LONG]
+    wrong: list[Any] = [f"@{file}", f"@{tmp_path / 'absent'}", "@~nobody-here/x", TOO_LONG]
     for given in wrong:
         with pytest.raises(ConfigError, match="system prompt"):
             read_system_prompt(given)
