@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -26,6 +26,7 @@ from r3mes_vllm.engine.names import BY_CID, Held, HeldNames, held
 from r3mes_vllm.engine.version import State, Version
 from r3mes_vllm.errors import (
     AdapterNotReady,
+    AdapterRefused,
     BadCID,
     DiskFull,
     EngineError,
@@ -88,6 +89,8 @@ class Host:
         self._puts: dict[str, object] = {}
         self._removed: set[str] = set()
         """Names that the operator took away: a request does not bring them back."""
+        self._left_out: dict[str, str] = {}
+        """CIDs that the engine refused in `add`, by name."""
         models.lora_requests = HeldNames()
         # Answers carry the name that was asked for, not the internal `name@cid`.
         models.model_name = self._model_name
@@ -143,8 +146,16 @@ class Host:
         else:
             obtained.lease.release()  # known under another name
         if self._on_engine() < self._room:
-            with suppress(AdapterNotReady):
+            try:
                 await self._load(version)
+            except AdapterNotReady:
+                pass
+            except AdapterRefused as error:
+                self.failures.note(version.cid, error)
+                self._left_out[name] = version.cid
+                if not version.names:
+                    self._forget(version)
+                raise
         self._point(name, version)
         return version
 
@@ -244,7 +255,11 @@ class Host:
         elif plain in self._removed:
             raise UnknownAdapter(f"{plain!r} was removed here", hint=self._served())
         else:
-            cid = await self._lookup(plain)
+            try:
+                cid = await self._lookup(plain)
+            except UnknownAdapter:
+                self.failures.raise_known(self._left_out.get(plain, ""))
+                raise
             if asked_cid not in ("", str(cid)):
                 raise UnknownAdapter(f"{plain!r} is {cid} now, not {asked_cid[:100]!r}")
         self.failures.raise_known(str(cid))

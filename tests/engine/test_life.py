@@ -427,3 +427,14 @@ async def test_what_only_waits_on_demand_makes_way_when_the_cache_is_full(world:
         with pytest.raises(StorageFull):
             await world.host.load("a")
     assert world.served == {"kept": str(D), "c": str(C)}
+
+
+async def test_what_the_engine_refuses_at_the_start_is_let_go_and_its_name_says_why(
+    world: World,
+) -> None:
+    with pytest.raises(AdapterRefused):
+        await world.host.add("refused", await world.network.obtain(D))
+    assert not world.network.leased
+    assert [it.state for it in world.host.versions] == [State.GONE]
+    with pytest.raises(AdapterRefused, match="no such module"):
+        await world.host.load("refused")
