@@ -1,5 +1,6 @@
 """`r3mes-vllm serve`."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,6 @@ from typing import Annotated
 import typer
 
 from r3mes_vllm import settings
-from r3mes_vllm.children import ended
 from r3mes_vllm.cli.options import (
     Api,
     BackendCa,
@@ -122,9 +122,9 @@ def serve(
         },
         config,
     )
-    # As vLLM's server does later. In a container this is process 1, which Linux spares a signal
-    # that it has no handler for.
-    signal.signal(signal.SIGTERM, ended)
+    # Until vLLM's server has a handler. In a container this is process 1, which Linux spares a
+    # signal that it has none for; nothing here needs an end better than that of kill -9.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     from r3mes_vllm.node import startup
 
     root = context.find_root()
