@@ -99,6 +99,8 @@ class LoraRow(Table):
     sequence: Mapped[int | None] = mapped_column(BigInteger)
     """Of the owner's last request that was taken."""
     deactivated_by: Mapped[str | None] = mapped_column(String(16))
+    earlier: Mapped[list[str]] = mapped_column(JSON, server_default="[]")
+    """CIDs that the name stood for, the latest first, of which none was withdrawn since."""
     revision: Mapped[int] = mapped_column(BigInteger, index=True, server_default="0")
 
 

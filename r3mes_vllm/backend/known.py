@@ -42,6 +42,8 @@ class KnownNode(wire.Node):
 
 class KnownLora(wire.Lora):
     revision: int = Field(default=0, exclude=True)
+    earlier: list[str] = Field(default=[], exclude=True)
+    """See `LoraRow`."""
 
 
 def known_lora(row: Mapping[str, Any]) -> KnownLora:

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import func, select
 
 from r3mes_vllm import wire
+from r3mes_vllm.backend.cids import canonical
 from r3mes_vllm.backend.claims import claimed
 from r3mes_vllm.backend.database import LoraRow, LoraVersionRow
 from r3mes_vllm.backend.refusals import Deactivated, Replayed, Unauthorized, WrongKey
@@ -23,6 +24,8 @@ LORAS: Any = LoraRow.__table__
 VERSIONS: Any = LoraVersionRow.__table__
 MOST_VERSIONS = 1000
 """Told of one adapter; there may be any number."""
+
+_MOST_EARLIER = 4
 
 _ADMIN, _OWNER = "admin", "owner"
 
@@ -45,7 +48,7 @@ async def register(
     if refused := refusal(lora.name, before, author):
         raise refused
     values = lora.model_dump() | {"is_active": True, "deactivated_by": None}
-    values |= _kept(before, author)
+    values |= _kept(before, author) | {"earlier": _earlier(before, lora.ipfs_hash)}
     row, created = await change.upsert(LORAS, LORAS.c.name, values, now)
     version = {
         "lora_id": row["id"],
@@ -67,6 +70,7 @@ async def set_active(change: Change, name: str, author: Author, *, active: bool)
         raise unknown(name)
     by = None if active else _ADMIN if author.is_admin else _OWNER
     values = {"is_active": active, "deactivated_by": by} | _kept(before, author)
+    values |= {} if active else {"earlier": []}
     return (await change.update(LORAS, LORAS.c.id == before["id"], values))[0]
 
 
@@ -115,6 +119,14 @@ def unknown(name: str) -> UnknownAdapter:
     return UnknownAdapter(
         f"no adapter is registered as {name[:300]!r}", hint="GET /api/lora/list shows them"
     )
+
+
+def _earlier(row: Mapping[str, Any] | None, cid: str) -> list[str]:
+    """What the name in `row` stood for before `cid`."""
+    if row is None or not row["is_active"]:
+        return []
+    cids = dict.fromkeys([row["ipfs_hash"], *row["earlier"]])
+    return [it for it in cids if canonical(it) != canonical(cid)][:_MOST_EARLIER]
 
 
 def _kept(row: Mapping[str, Any] | None, author: Author) -> dict[str, Any]:

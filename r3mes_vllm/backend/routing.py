@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from r3mes_vllm.backend.balancer import parted
 from r3mes_vllm.backend.cids import canonical, is_cid
-from r3mes_vllm.backend.known import KnownNode
+from r3mes_vllm.backend.known import KnownLora, KnownNode
 from r3mes_vllm.backend.state import Backend
 from r3mes_vllm.errors import AdapterNotReady, UnknownAdapter
 from r3mes_vllm.wire import AdapterName
@@ -32,7 +32,8 @@ class Served:
 async def holders(
     backend: Backend, asked: str, *, conversation: str | None = None
 ) -> list[KnownNode]:
-    """The nodes to try, in order, for the adapter `asked`: a name or `NAME@CID`.
+    """The nodes to try, in order, for the adapter `asked`: a name or `NAME@CID`. All hold the same
+    CID, as far as they say.
 
     Raises UnknownAdapter, or AdapterNotReady if no holder is alive.
     """
@@ -42,13 +43,11 @@ async def holders(
     if backend.registry.is_deactivated(name):
         raise UnknownAdapter(f"the adapter {name} was taken out of the registry")
     lora = await backend.registry.lora(name)
-    cid = wanted or (lora.ipfs_hash if lora else None)
     nodes = await _live(backend, lambda node: True, listing=name)
-    found = backend.balancer.holders(
-        nodes, name, cid, exact=bool(wanted), conversation=conversation
-    )
-    if found:
-        return found
+    for cid, exact in [(wanted, True)] if wanted else _versions(lora):
+        found = backend.balancer.holders(nodes, name, cid, exact=exact, conversation=conversation)
+        if found:
+            return found
     if lora is None and not await _ever_listed(backend, name):
         raise _unknown(asked)
     if nodes:
@@ -175,10 +174,11 @@ def _serving(backend: Backend, name: str, listing: Sequence[KnownNode]) -> Serve
     if not listing or backend.registry.is_deactivated(name) or not _is_name(name):
         return None
     lora = backend.registry.lora_now(name)
-    cid = lora.ipfs_hash if lora else None
-    sure, unsure = parted(listing, name, cid)
-    able = sure + unsure
-    if not able:
+    for cid, exact in _versions(lora):
+        sure, unsure = parted(listing, name, cid, exact=exact)
+        if able := sure + unsure:
+            break
+    else:
         return None
     said = (
         None if cid else min((n.adapters[name] for n in able if name in n.adapters), default=None)
@@ -186,6 +186,14 @@ def _serving(backend: Backend, name: str, listing: Sequence[KnownNode]) -> Serve
     base = min((node.base_model for node in able if node.base_model), default=None)
     created = int(lora.created_at.timestamp()) if lora and lora.created_at else 0
     return Served(name, cid or said, base, created)
+
+
+def _versions(lora: KnownLora | None) -> list[tuple[str | None, bool]]:
+    """The CIDs that a bare name may be answered by, in the order of trying, and whether a node must
+    say that it holds that one: while none holds the registry's, the latest before it goes on."""
+    if lora is None:
+        return [(None, False)]
+    return [(lora.ipfs_hash, False), *((cid, True) for cid in lora.earlier)]
 
 
 async def _live(

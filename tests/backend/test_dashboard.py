@@ -143,6 +143,15 @@ async def test_a_node_with_another_version_is_not_asked_for_it(network: Network)
     assert (line["holders"], line["others"]) == ("1", "1 other with another version")
 
 
+async def test_a_node_that_goes_on_with_the_version_before_has_no_reason(network: Network) -> None:
+    await network.register_lora("legal")
+    await network.register("http://127.0.0.1:1", "legal", adapters={"legal": LEGAL_CID})
+    await network.register_lora("legal", OTHER_CID)
+    assert (await node(network))["reason"] == ""
+    line = await adapter(network)
+    assert (line["holders"], line["others"]) == ("0", "1 other with another version")
+
+
 async def test_an_adapter_is_shown_with_its_versions_and_its_requests(
     network: Network, start_node: StartNode
 ) -> None:

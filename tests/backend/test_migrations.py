@@ -24,7 +24,7 @@ from tests.backend.stand_ins import LEGAL_CID, wallet
 
 ON_BOTH = True
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-HEAD = "3"
+HEAD = "4"
 ANYONE = Author(is_admin=False, claim=None, is_open=True)
 
 # As SQLAlchemy made them before there were revisions.
@@ -156,7 +156,7 @@ async def test_a_database_of_revision_2_loses_nothing(database: str) -> None:
     assert await ask(database, "SELECT value FROM registry_revision") == [(0,)]
 
 
-@pytest.mark.parametrize("revision", [None, "1", "2"])
+@pytest.mark.parametrize("revision", [None, "1", "2", "3"])
 async def test_an_old_database_is_used_on(database: str, revision: str | None) -> None:
     await run(database, ROWS if revision else OLD + ROWS, revision=revision)
     async with Registry.open(database) as found:

@@ -25,6 +25,8 @@ from tests.backend.stand_ins import (
     wallet,
 )
 
+NEXT_CID = "bafybeihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
+
 TRIES = 12
 """Random choice between two nodes misses one of them all along once in 2048 runs."""
 
@@ -139,6 +141,103 @@ async def test_a_node_with_another_version_is_no_holder(
     assert not stale.seen
     await network.beat(adapters={"legal": LEGAL_CID})
     assert (await ask(network, lora_name="legal")).status_code == 200
+
+
+def speaking(cid: str) -> StandIn:
+    return StandIn(answers(200, {"response": "hello"}, x_r3mes_adapter="legal", x_r3mes_cid=cid))
+
+
+async def hold(network: Network, start_node: StartNode, *cids: str) -> list[StandIn]:
+    """Nodes of ours, from number 1 on."""
+    nodes = [speaking(cid) for cid in cids]
+    for number, (node, cid) in enumerate(zip(nodes, cids, strict=True), 1):
+        adapters = {"legal": cid}
+        await network.register(await start_node(node), "legal", number=number, adapters=adapters)
+    return nodes
+
+
+async def answered_by(network: Network) -> str | None:
+    """The CID in the answer to the bare name."""
+    answer = await ask(network, lora_name="legal")
+    assert answer.status_code in (200, 503), answer.text
+    said: str | None = answer.headers.get("x-r3mes-cid")
+    return said
+
+
+async def test_the_version_before_is_asked_until_a_node_holds_the_registered_one(
+    network: Network, start_node: StartNode
+) -> None:
+    await network.register_lora("legal", LEGAL_CID_V0)
+    old, _ = await hold(network, start_node, LEGAL_CID, NEXT_CID)
+    await network.register_lora("legal", OTHER_CID, version="2")
+    for _ in range(TRIES):
+        assert await answered_by(network) == LEGAL_CID
+    assert (await ask(network, message="What is a contract?")).headers["x-r3mes-cid"] == LEGAL_CID
+    (listed,) = (await network.http.get("/v1/models")).json()["data"]
+    assert (listed["id"], listed["cid"]) == ("legal", LEGAL_CID_V0)
+    exactly = await ask(network, lora_name=f"legal@{OTHER_CID}")
+    assert exactly.status_code == 503
+    asked = len(old.seen)
+
+    await network.register(await start_node(speaking(OTHER_CID)), "legal", number=3)
+    await network.beat(3, adapters={"legal": OTHER_CID})
+    for _ in range(TRIES):
+        assert await answered_by(network) == OTHER_CID
+    assert len(old.seen) == asked
+    assert (await network.http.get("/v1/models")).json()["data"][0]["cid"] == OTHER_CID
+
+
+async def test_the_latest_version_that_is_held_is_asked(
+    network: Network, start_node: StartNode
+) -> None:
+    for cid in (LEGAL_CID, OTHER_CID, LEGAL_CID, NEXT_CID):
+        await network.register_lora("legal", cid)
+    await hold(network, start_node, OTHER_CID, LEGAL_CID)
+    assert await answered_by(network) == LEGAL_CID
+    await network.beat(2, status="draining")
+    assert await answered_by(network) == OTHER_CID
+
+
+async def test_other_backends_know_the_version_before_too(
+    start_backend: StartBackend, start_node: StartNode
+) -> None:
+    first = await start_backend()
+    await first.register_lora("legal", LEGAL_CID)
+    await hold(first, start_node, LEGAL_CID)
+    await first.register_lora("legal", OTHER_CID)
+    assert await answered_by(await start_backend()) == LEGAL_CID
+
+
+async def test_an_answer_of_another_version_than_the_one_routed_for_is_none(
+    network: Network, start_node: StartNode
+) -> None:
+    await network.register_lora("legal", LEGAL_CID)
+    changed = speaking(OTHER_CID)  # which it has not told yet
+    await network.register(await start_node(changed), "legal", adapters={"legal": LEGAL_CID})
+    await network.register_lora("legal", NEXT_CID)
+    answer = await ask(network, lora_name="legal")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "node_failed")
+    assert changed.seen
+
+
+@pytest.mark.parametrize("back", ["register", "activate"])
+async def test_what_was_withdrawn_is_not_asked_in_place_of_a_later_version(
+    network: Network, start_node: StartNode, back: str
+) -> None:
+    await network.register_lora("legal", LEGAL_CID)
+    if back == "activate":
+        await network.register_lora("legal", OTHER_CID)
+    old, *_ = await hold(network, start_node, LEGAL_CID)
+    await network.http.post("/api/lora/legal/deactivate")
+    assert (await ask(network, lora_name="legal")).status_code == 404
+    if back == "activate":
+        await network.http.post("/api/lora/legal/activate")
+    else:
+        await network.register_lora("legal", OTHER_CID)
+    assert await answered_by(network) is None
+    await network.register_lora("legal", NEXT_CID)
+    assert await answered_by(network) is None
+    assert not old.seen
 
 
 async def test_a_node_known_to_hold_the_version_is_preferred(

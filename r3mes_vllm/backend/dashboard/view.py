@@ -134,7 +134,8 @@ async def look(backend: Backend, traffic: Traffic, history: History) -> View:
     names = sorted({*loras, *answering}, key=str.casefold)
     bases = await base_models(backend)
     listing = _listing(routed)
-    wrong = _other_versions(routed, loras)
+    asked = {name: answering[name].cid for name in loras.keys() & answering.keys()}
+    wrong = _other_versions(routed, {it.name: it.ipfs_hash for it in loras.values()} | asked)
     versions = await history.versions(
         registry, [loras[name] for name in names[:ADAPTERS] if name in loras]
     )
@@ -255,18 +256,18 @@ def _listing(nodes: Sequence[KnownNode]) -> dict[str, list[KnownNode]]:
 
 
 def _other_versions(
-    nodes: Sequence[KnownNode], loras: Mapping[str, wire.Lora]
+    nodes: Sequence[KnownNode], cids: Mapping[str, str | None]
 ) -> Mapping[str, list[str]]:
-    """By wallet, the names of which a node holds another version than the registry's."""
+    """By wallet, the names of which a node holds another version than the one in `cids`."""
     found: dict[str, list[str]] = defaultdict(list)
     for node in nodes:
         for name in node.available_lora_list:
-            if name in loras and not _holds(node, name, loras[name].ipfs_hash):
+            if not _holds(node, name, cids.get(name)):
                 found[node.wallet_address].append(name)
     return found
 
 
-def _holds(node: KnownNode, name: str, cid: str) -> bool:
+def _holds(node: KnownNode, name: str, cid: str | None) -> bool:
     """An old node, which names no CIDs, is taken at its word, as by the balancer."""
     said = node.adapters.get(name)
     return said is None or not cid or canonical(said) == canonical(cid)
