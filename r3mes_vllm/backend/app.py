@@ -18,7 +18,7 @@ from r3mes_vllm.backend import (
     reach,
 )
 from r3mes_vllm.backend.balancer import Balancer
-from r3mes_vllm.backend.bodies import Room
+from r3mes_vllm.backend.bodies import Kept, Room
 from r3mes_vllm.backend.choice import policy
 from r3mes_vllm.backend.dial import Dialler, Timeouts
 from r3mes_vllm.backend.elsewhere import root_of
@@ -108,6 +108,7 @@ def create_app(
     )
     app.state.room = Room(settings.body_timeout)
     answers.install(app)
+    app.add_middleware(Kept)
     app.add_middleware(Rates, settings=settings.rates, keys=keys)
     app.add_middleware(Measured, metrics=metrics)
     allow_origins(app, settings.cors_origins)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from r3mes_vllm import strict_json
 from r3mes_vllm.backend.refusals import BadInput, Malformed, NoRoom, TooLarge, TooSlow
@@ -21,16 +22,23 @@ INFERENCE_BODY_LIMIT = 8 << 20
 
 _SMALL = 64 << 10
 
+MOST_VALUES = 1 << 19
+"""In a body, where lists and objects count twice. A conversation of 10,000 messages in parts has
+70,000; OpenAI takes 300,000 tokens as numbers for embeddings."""
+
 WORD_LIMIT = 128
 """Characters of a name, a version and the like."""
+
+_TAKEN = "r3mes.taken"
+"""In a request's scope: the bytes of `Room` that its body has."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass
 class Room:
-    """For bodies that are on their way: the first `_SMALL` bytes of each have room, beyond that
-    all share `left`, so that what senders who stop in the middle can fill is bounded."""
+    """For bodies that are on their way, or being answered: the first `_SMALL` bytes of each have
+    room, beyond that all share `left`, so that what they can fill is bounded."""
 
     seconds: float = 30.0
     """In which a body must have come."""
@@ -39,8 +47,8 @@ class Room:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises TooLarge past `limit` bytes, before reading them if it can;
-    TooSlow and NoRoom."""
+    """The request's body, which has its room until `Kept` gives it back. Raises TooLarge past
+    `limit` bytes, before reading them if it can; TooSlow and NoRoom."""
     try:
         return await _read(request, limit, request.app.state.room)
     except (TooLarge, NoRoom):
@@ -64,6 +72,7 @@ async def _read(request: Request, limit: int, room: Room) -> bytes:
                 if more > room.left:
                     raise NoRoom("too many long requests are on their way", retry_after=1)
                 taken, room.left = taken + more, room.left - more
+        request.scope[_TAKEN], taken = taken, 0
     except TimeoutError as error:
         raise TooSlow(f"the body took over {room.seconds:g} s to come") from error
     finally:
@@ -71,8 +80,26 @@ async def _read(request: Request, limit: int, room: Room) -> bytes:
     return bytes(body)
 
 
+class Kept:
+    """ASGI middleware: a body's room is free again after the answer's end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if taken := scope.get(_TAKEN):
+                scope["app"].state.room.left += taken
+
+
 def parse_object(body: bytes) -> Json:
-    """`body` as a JSON object. Raises Malformed."""
+    """`body` as a JSON object. Raises Malformed, and TooLarge before it makes so many values."""
+    if strict_json.has_over(MOST_VALUES, body):
+        raise TooLarge(
+            f"the body has more than {MOST_VALUES} values; lists and objects count twice"
+        )
     try:
         return strict_json.parse_object(body)
     except ValueError as error:

@@ -45,32 +45,35 @@ class Where:
 
 @dataclass(frozen=True)
 class Asked:
-    """By a client: `fields` of `path`, or a `chat`, for the adapter or base model `name`."""
+    """By a client of `path`, for the adapter or base model `name`."""
 
     name: str | None
     path: str
     headers: RawHeaders
     """As for a node."""
-    fields: Json
-    chat: ChatRequest | None = None
+    body: bytes
+    """That was understood once. It is kept as it came, which takes the least."""
+    streams: bool
     events: bool = False
-    """The answer to a `chat` is to be a stream of events."""
+    """The answer to a chat is to be a stream of events."""
     system_prompt: str | None = None
 
     @property
-    def streams(self) -> bool:
-        return self.chat.stream if self.chat else self.fields.get("stream") is True
+    def is_chat(self) -> bool:
+        return self.path == "/chat"
 
-    def outgoing(self, model: str) -> tuple[str, Json]:
-        """Path below the server's root, and fields."""
-        if self.chat is None:
-            return self.path.removeprefix("/v1"), self.fields | {"model": model}
-        fields: Json = completion_fields(self.chat, model, self.system_prompt)
+    def outgoing(self, model: str) -> tuple[str, bytes]:
+        """Path below the server's root, and body."""
+        asked = strict_json.parse_object(self.body)
+        if not self.is_chat:
+            return self.path.removeprefix("/v1"), json.dumps(asked | {"model": model}).encode()
+        chat = ChatRequest.model_validate(asked)
+        fields: Json = completion_fields(chat, model, self.system_prompt)
         if self.streams:
             fields["stream"] = True
         if self.streams and self.events:
             fields["stream_options"] = {"include_usage": True}
-        return _CHAT, fields
+        return _CHAT, json.dumps(fields).encode()
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,7 @@ class Server:
             raise NodeFailed("it is not running")
         headers = to_fallback(asked.headers, key=where.key)
         model = self._model or await self._chosen(where, headers, asked.name)
-        path, fields = asked.outgoing(model)
-        body = json.dumps(fields).encode()
+        path, body = asked.outgoing(model)
         request = httpx.Request("POST", where.root + path, headers=headers, content=body)
         response = await self._client.send(request, stream=True)
         try:
@@ -209,7 +211,7 @@ def _streamed(
 ) -> tuple[str, AsyncGenerator[bytes, None]]:
     """Media type and body of an answer to `asked`."""
     events = read_events(pieces)
-    if asked.chat is None:
+    if not asked.is_chat:
         return EVENTS, translation.as_openai_events(events)
     if asked.events:
         return EVENTS, translation.as_chat_events(events)
@@ -218,9 +220,9 @@ def _streamed(
 
 def _whole(asked: Asked, status: int, answer: Json) -> Json:
     if status != 200:
-        return translation.as_refusal(answer) if asked.chat else answer
+        return translation.as_refusal(answer) if asked.is_chat else answer
     refuse_half(answer)
-    return translation.as_whole(answer) if asked.chat else answer
+    return translation.as_whole(answer) if asked.is_chat else answer
 
 
 async def _once(answer: Json) -> AsyncGenerator[bytes, None]:

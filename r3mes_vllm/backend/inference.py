@@ -47,6 +47,19 @@ def asks_a_model(scope: Scope) -> bool:
 async def chat(request: Request) -> Relay:
     backend = backend_of(request)
     demand(backend.client_keys, request)
+    asked, word = await _asked_chat(request, backend)
+
+    async def find(named: str | None) -> list[KnownNode]:
+        if named is None:
+            return await any_nodes(backend, conversation=word)
+        return await holders(backend, named, conversation=word)
+
+    return await _relay(request, backend, find, asked)
+
+
+async def _asked_chat(request: Request, backend: Backend) -> tuple[Asked, str | None]:
+    """What is asked for, and the word for its conversation. What the body is in Python ends here:
+    it may be many times as large."""
     body = await read_body(request, INFERENCE_BODY_LIMIT)
     ask = validated(wire.ChatRequest, fields := parse_object(body))
     if not (ask.message or ask.messages):
@@ -56,25 +69,18 @@ async def chat(request: Request) -> Relay:
         names = await Servable.now(backend)
         adapter = backend.policy(question(ask), names)
         adapter = adapter if adapter in names else None
-
-    async def find(named: str | None) -> list[KnownNode]:
-        if named is None:
-            return await any_nodes(backend, conversation=word)
-        return await holders(backend, named, conversation=word)
-
-    word = conversation(adapter or "", fields)
     lora = await backend.registry.lora(adapter.partition("@")[0]) if adapter else None
     headers = to_node(request, name=backend.name, adapter=adapter)
     asked = Asked(
         name=adapter,
         path="/chat",
         headers=headers,
-        fields=fields,
-        chat=ask,
+        body=body,
+        streams=ask.stream,
         events=EVENTS in request.headers.get("accept", ""),
         system_prompt=lora.system_prompt if lora else None,
     )
-    return await _relay(request, backend, find, body, asked)
+    return asked, conversation(adapter or "", fields)
 
 
 @router.post("/v1/chat/completions")
@@ -84,19 +90,29 @@ async def chat(request: Request) -> Relay:
 async def openai(request: Request) -> Relay:
     backend = backend_of(request)
     demand(backend.client_keys, request)
+    asked, word = await _asked_openai(request, backend)
+
+    async def find(named: str | None) -> list[KnownNode]:
+        return await model_nodes(backend, named or asked.name or "", conversation=word)
+
+    return await _relay(request, backend, find, asked)
+
+
+async def _asked_openai(request: Request, backend: Backend) -> tuple[Asked, str | None]:
+    """As `_asked_chat`."""
     body = await read_body(request, INFERENCE_BODY_LIMIT)
     fields = parse_object(body)
     model = fields.get("model")
     if not isinstance(model, str) or not model:
         raise BadInput("model: must be a string that names a model", field="model")
-
-    async def find(named: str | None) -> list[KnownNode]:
-        return await model_nodes(backend, named or model, conversation=word)
-
-    word = conversation(model, fields)
-    headers = to_node(request, name=backend.name, adapter=None)
-    asked = Asked(name=model, path=request.scope["path"], headers=headers, fields=fields)
-    return await _relay(request, backend, find, body, asked)
+    asked = Asked(
+        name=model,
+        path=request.scope["path"],
+        headers=to_node(request, name=backend.name, adapter=None),
+        body=body,
+        streams=fields.get("stream") is True,
+    )
+    return asked, conversation(model, fields)
 
 
 @router.get("/v1/models")
@@ -148,7 +164,6 @@ async def _relay(
     request: Request,
     backend: Backend,
     find: Find,
-    body: bytes,
     asked: Asked,
 ) -> Relay:
     """`find` gives the nodes to try for a name: the one that was `asked`, and for the rest of an
@@ -167,7 +182,7 @@ async def _relay(
     nodes, missing = await _found(find, asked.name)
     return Relay(
         nodes,
-        Outgoing(request.scope["path"], asked.headers, body),
+        Outgoing(request.scope["path"], asked.headers, asked.body),
         name=asked.name,
         missing=missing,
         others=sources(backend, asked),

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from r3mes_vllm.backend.bodies import API_BODY_LIMIT, INFERENCE_BODY_LIMIT
+from r3mes_vllm.backend.bodies import API_BODY_LIMIT, INFERENCE_BODY_LIMIT, MOST_VALUES
 from tests.backend.conftest import StartNode
 from tests.backend.stand_ins import LEGAL_CID, PATIENCE_S, Network, StandIn, wallet
 
@@ -301,3 +301,52 @@ async def test_a_body_of_just_the_limit_is_taken(network: Network, start_node: S
     frame = len(b'{"message": ""}')
     body = b'{"message": "%b"}' % (b"x" * (INFERENCE_BODY_LIMIT - frame))
     assert (await network.http.post("/chat", content=body)).status_code == 200
+
+
+SEPARATED = {
+    "lists": (b"[],", 2),
+    "objects": (b'{"a":1},', 2),
+    "texts": (rb'"\\\",[{",', 1),
+    "numbers": (b"1000,", 1),
+}
+
+
+@pytest.mark.parametrize("path", ["/chat", "/v1/completions"])
+async def test_a_body_of_too_many_values_is_413(
+    network: Network, start_node: StartNode, path: str
+) -> None:
+    node = StandIn()
+    await network.register(await start_node(node), "legal")
+    head = b'{"message":"hi \\u0061","model":"legal","x":['
+    for kind, (piece, counted) in SEPARATED.items():
+        most = (MOST_VALUES - 3 - counted) // counted  # four are in the head
+        for number, status in ((most, 200), (most + 2, 413)):
+            body = head + number * piece + piece.rstrip(b",") + b"]}"
+            answer = await network.http.post(path, content=body)
+            assert answer.status_code == status, (kind, answer.text)
+        error = assert_refused(path, 413, answer.json(), kind)
+        assert f"{MOST_VALUES} values" in error["message"]
+    assert len(node.seen) == len(SEPARATED)
+
+
+async def test_a_text_may_look_like_many_values(network: Network, start_node: StartNode) -> None:
+    await network.register(await start_node(StandIn()), "legal")
+    table = json.dumps([{"a": [number, "b"]} for number in range(200_000)])
+    assert (await network.http.post("/chat", json={"message": table})).status_code == 200
+
+
+async def test_a_long_conversation_with_tools_is_taken(
+    network: Network, start_node: StartNode
+) -> None:
+    await network.register(await start_node(StandIn()), "legal")
+    turn = {"role": "user", "content": [{"type": "text", "text": "one, two [three]"}]}
+    properties = {f"p{it}": {"type": "string", "enum": ["a", "b"]} for it in range(30)}
+    function = {"name": "look", "parameters": {"type": "object", "properties": properties}}
+    asked = {
+        "model": "legal",
+        "messages": [turn] * 20_000,
+        "tools": [{"type": "function", "function": function}] * 128,
+        "logit_bias": {str(it): -100 for it in range(152_000)},
+    }
+    answer = await network.http.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200

@@ -1,19 +1,24 @@
 """Who sends slowly, or stops, costs the others nothing, and the backend no more than it has."""
 
 import asyncio
+import gc
 import json
 import time
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 from sqlalchemy import text
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
 from r3mes_vllm.backend import bodies
 from r3mes_vllm.backend.bodies import Room
 from r3mes_vllm.backend.database import database_url, open_engine
-from tests.backend.stand_ins import PATIENCE_S, Network, unused_port, wallet
+from tests.backend.conftest import StartBackend, StartNode
+from tests.backend.stand_ins import PATIENCE_S, Network, StandIn, unused_port, wallet
 from tests.backend.test_server import program
 
 HEAD = b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
@@ -96,6 +101,43 @@ async def test_bodies_that_stop_in_the_middle_fill_no_more_than_their_room(
         assert beat.status_code == 404  # read, and understood
     async with asyncio.timeout(PATIENCE_S):
         while room.left < 3 * bodies._SMALL:
+            await asyncio.sleep(0.01)
+
+
+def lists() -> int:
+    """Empty ones, in this process."""
+    return sum(type(it) is list and not it for it in gc.get_objects())
+
+
+@pytest.mark.parametrize("path", ["/chat", "/v1/completions"])
+async def test_a_body_that_is_being_answered_has_its_room_and_takes_no_more(
+    start_backend: StartBackend, start_node: StartNode, path: str
+) -> None:
+    network = await start_backend(fallback_url="http://127.0.0.1:9")
+    began, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def waits(request: Request) -> Response:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"hel"
+            began.set()
+            await goes_on.wait()
+            yield b"lo"
+
+        return StreamingResponse(body(), media_type="text/plain")
+
+    await network.register(await start_node(StandIn(waits)), "legal")
+    assert network.app
+    room = network.app.state.room
+    left, before = room.left, lists()
+    sent = b'{"message":"hi","model":"legal","x":[' + 99_999 * b"[]," + b"[]]}"
+    asking = asyncio.create_task(network.http.post(path, content=sent))
+    await asyncio.wait_for(began.wait(), PATIENCE_S)
+    assert lists() - before < 1000
+    assert room.left == left - (len(sent) - bodies._SMALL)
+    goes_on.set()
+    assert (await asking).text == "hello"
+    async with asyncio.timeout(PATIENCE_S):
+        while room.left < left:
             await asyncio.sleep(0.01)
 
 
