@@ -22,6 +22,8 @@ _FIELD = "endpoint_url"
 _LENGTH_LIMIT = 2048
 _RESOLVE_TIMEOUT_S = 5.0
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All of IPv6 that is given out (https://www.iana.org/assignments/ipv6-address-space)."""
 _SCHEMES = ("http", "https")
 _LOW_PORTS = (80, 443)
 _OTHERS_PORTS = {
@@ -87,6 +89,8 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        elif ip not in _UNICAST and not ip.ipv4_mapped:
+            return False
         if inner is not None:
             ip = inner
     return ip.is_global and not ip.is_multicast

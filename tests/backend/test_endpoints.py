@@ -44,7 +44,12 @@ def resolving(*addresses: str) -> endpoints.Resolve:
         "http://[::ffff:7f00:1]",
         "http://[fe80::1]",
         "http://[fd00::1]",
+        "http://[fec0::1]",
         "http://[64:ff9b::7f00:1]",
+        "http://[64:ff9b:1::5db8:d822]",
+        "http://[::ffff:0:10.0.0.1]",
+        "http://[::10.0.0.1]",
+        "http://[4000::1]",
         "http://[2002:7f00:1::]",
     ],
 )
@@ -58,7 +63,13 @@ async def test_a_private_address_is_refused_unless_allowed(url: str) -> None:
     assert await check_endpoint(url, allow_private=True)
 
 
-@pytest.mark.parametrize("address", [PUBLIC, "2606:4700::1111", "64:ff9b::5db8:d822"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(PUBLIC, f"::ffff:{PUBLIC}", "2606:4700::1111"),
+        *("64:ff9b::5db8:d822", "2002:5db8:d822::1"),
+    ],
+)
 def test_a_public_address_is_public(address: str) -> None:
     assert is_public(address)
 
