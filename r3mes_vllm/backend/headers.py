@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from fastapi import Request
 
 from r3mes_vllm import carry
-from r3mes_vllm.backend.refusals import BadInput, RoutingLoop
+from r3mes_vllm.backend.refusals import BadInput, NodeFailed, RoutingLoop
 from r3mes_vllm.request_id import HEADER
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -44,6 +44,9 @@ _LONGEST_MODEL = 300
 _NAME = re.compile(r"[0-9a-f]{32}")
 _HOPS = 16
 _FIELD_VALUE = re.compile(rb"[\t\x20-\x7e]{0,4096}")
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_ANOTHER_LENGTH = {b"transfer-encoding", carry.HEADER.encode()}
+"""With these `Content-Length` is not that of what the client gets."""
 
 
 def to_node(request: Request, *, name: str, adapter: str | None) -> RawHeaders:
@@ -78,15 +81,21 @@ def _trace(request: Request) -> RawHeaders:
 
 
 def to_client(node: Iterable[tuple[bytes, bytes]], *, wallet: str) -> RawHeaders:
-    """The headers of the answer to the client."""
+    """The headers of the answer to the client. Raises NodeFailed for one that can't be sent."""
+    node = [(key.lower(), value) for key, value in node]
+    names = {key for key, _ in node}
     ours = {b"x-r3mes-node": wallet.encode(), **_ALWAYS}
     theirs = [
         (key, value)
-        for key, value in ((key.lower(), value) for key, value in node)
+        for key, value in node
         if (key in _TO_CLIENT or key.startswith(_TO_CLIENT_PREFIXES))
         and key not in ours
         and key not in _NO_NODES
+        and not (key == b"content-length" and names & _ANOTHER_LENGTH)
     ]
+    for key, value in theirs:
+        if _CONTROL.search(value):
+            raise NodeFailed(f"its header {key.decode()} has a control character")
     return theirs + list(ours.items())
 
 

@@ -169,7 +169,7 @@ class Relay(Response):
 
     async def _pass_on(self, course: Course, beginning: Beginning, client: "_Client") -> None:
         response = beginning.response
-        headers = _headers(beginning)
+        headers = [] if client.begun else _headers(beginning)
         now, patience_s = asyncio.get_running_loop().time, self._timeouts.between_bytes
         try:
             # One limit for all: to set one up for each piece costs as much as to read it.

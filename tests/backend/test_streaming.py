@@ -285,6 +285,50 @@ async def test_what_a_node_says_about_the_connection_or_the_origin_stays_behind(
     assert "sandbox" in answer.headers["content-security-policy"]
 
 
+class Bare(Response):
+    """Sends `head` and `body` as they are, which uvicorn would not."""
+
+    def __init__(self, head: bytes, body: bytes = b"") -> None:
+        super().__init__()
+        self._sent = b"HTTP/1.1 %b\r\nConnection: close\r\n\r\n%b" % (head, body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        transport = send.__self__.transport  # type: ignore[attr-defined]
+        transport.write(self._sent)
+        transport.close()
+
+
+@pytest.mark.parametrize("header", [b"X-R3MES-CID: a\x01b", b"Content-Type: text/plain\x7f"])
+async def test_a_header_that_can_not_be_sent_is_the_nodes_failure(
+    network: Network, start_node: StartNode, header: bytes
+) -> None:
+    async def bad(request: Request) -> Response:
+        return Bare(b"200 OK\r\nContent-Length: 5\r\n" + header, b"hello")
+
+    bad_one = StandIn(bad)
+    await network.register(await start_node(bad_one), "legal", number=1)
+    answer = await network.http.post("/chat", json=ASK)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "node_failed")
+    await network.register(await start_node(StandIn()), "legal", number=2)
+    # at once: one after the other all go to whichever of the two seems a little faster
+    asking = [network.http.post("/chat", json=ASK | {"message": f"{n}"}) for n in range(24)]
+    assert [it.text for it in await asyncio.gather(*asking)] == ["hello"] * 24
+    assert len(bad_one.seen) > 1
+
+
+@pytest.mark.parametrize("kind", [b"application/json", b"text/plain"])
+async def test_of_two_lengths_the_chunks_count(
+    network: Network, start_node: StartNode, kind: bytes
+) -> None:
+    async def both(request: Request) -> Response:
+        head = b"200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\nContent-Type: " + kind
+        return Bare(head, b"5\r\nhello\r\n0\r\n\r\n")
+
+    await network.register(await start_node(StandIn(both)), "legal")
+    answer = await network.http.post("/chat", json=ASK)
+    assert (answer.status_code, answer.text) == (200, "hello")
+
+
 async def test_the_request_id_goes_through_or_is_made(
     network: Network, start_node: StartNode
 ) -> None:
