@@ -109,8 +109,8 @@ class Course:
 
     async def pieces(self, beginning: Beginning) -> AsyncGenerator[bytes, None]:
         """What the client has not had yet, as it comes. Raises NodeFailed if the node does not go
-        on with what the client has had, or ends before the answer's end; besides, what its
-        connection raises."""
+        on with what the client has had, ends before the answer's end, or says nothing; besides,
+        what its connection raises."""
         framed, by_steps = self._enter(beginning)
         told = self._told if by_steps and self._told else _Told()
         known_frames = told.frames
@@ -135,6 +135,8 @@ class Course:
         can_tell = self.kind == EVENTS or (self.kind == _TEXT and self._steps is not None)
         if framed and can_tell and not self.is_whole:
             raise NodeFailed("its answer ended before its end")
+        if not self.nodes and 200 <= self._status < 300:
+            raise NodeFailed("it answered nothing")
 
     def _by_steps(self, node: KnownNode) -> bool:
         return node.version is not None and self._steps is not None

@@ -233,6 +233,10 @@ class Dialler:
                 raise NodeFailed(f"it answered {status}")
             rest = response.aiter_raw()
             first = await anext(rest, b"")
+            if response.is_success and not first:
+                if not outgoing.resumes:
+                    flight.broke()
+                raise NodeFailed("it answered nothing")
             flight.began(f"{outgoing.path} {response.headers.get('content-type')}")
             return Beginning(node, response, first, rest, flight)
         except BaseException:

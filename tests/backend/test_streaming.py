@@ -13,9 +13,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from r3mes_vllm.backend.dial import Timeouts
+from r3mes_vllm.carry import FRAMES, HEADER, Frame, Step
 from tests.backend.conftest import StartBackend, StartNode
 from tests.backend.stand_ins import (
     PATIENCE_S,
+    Behaviour,
     DiesAfter,
     Network,
     StandIn,
@@ -314,6 +316,37 @@ async def test_a_header_that_can_not_be_sent_is_the_nodes_failure(
     asking = [network.http.post("/chat", json=ASK | {"message": f"{n}"}) for n in range(24)]
     assert [it.text for it in await asyncio.gather(*asking)] == ["hello"] * 24
     assert len(bad_one.seen) > 1
+
+
+async def nothing(request: Request) -> Response:
+    return Response(media_type="text/plain")
+
+
+async def no_content(request: Request) -> Response:
+    return Bare(b"204 No Content\r\nContent-Length: 5")
+
+
+async def no_frame(request: Request) -> Response:
+    return Response(media_type="text/plain", headers={HEADER: FRAMES})
+
+
+async def frames_of_nothing(request: Request) -> Response:
+    frames = Frame([Step([0], "stop")], b"").pack()
+    return Response(frames, media_type="text/plain", headers={HEADER: FRAMES})
+
+
+@pytest.mark.parametrize("behaviour", [nothing, no_content, no_frame, frames_of_nothing])
+async def test_an_answer_with_nothing_in_it_is_none(
+    network: Network, start_node: StartNode, behaviour: Behaviour
+) -> None:
+    empty = StandIn(behaviour)
+    await network.register(await start_node(empty), "legal", number=1)
+    answer = await network.http.post("/chat", json=ASK)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "node_failed")
+    await network.register(await start_node(StandIn()), "legal", number=2)
+    asking = [network.http.post("/chat", json=ASK | {"message": f"{n}"}) for n in range(24)]
+    assert [it.text for it in await asyncio.gather(*asking)] == ["hello"] * 24
+    assert len(empty.seen) > 1
 
 
 @pytest.mark.parametrize("kind", [b"application/json", b"text/plain"])
