@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
@@ -78,6 +79,14 @@ class Beginning:
             self.flight.__exit__()
 
 
+class _Full(NodeFailed):
+    """It said so; `seconds` is how long it is."""
+
+    def __init__(self, status: int, seconds: float) -> None:
+        super().__init__(f"it answered {status}")
+        self.seconds = seconds
+
+
 class _Undialled(Exception):
     """No connection: the node saw nothing of the request."""
 
@@ -142,10 +151,11 @@ class Dialler:
         """The first answer that one of `nodes`, tried in order, begins; `outgoing` says what to ask
         of each. Without a judge of answers, all that the last one says is one.
 
-        Raises Unavailable if none can be dialled, NodeFailed if the last one tried broke before
-        its first byte, NodeTimedOut. The caller closes the Beginning.
+        Raises Unavailable if none can be dialled or one was full, NodeFailed if the last one tried
+        broke before its first byte, NodeTimedOut. The caller closes the Beginning.
         """
         failure: Exception | None = None
+        full: _Full | None = None
         try:
             async with asyncio.timeout(self._timeouts.first_byte):
                 for position, node in enumerate(nodes):
@@ -160,9 +170,13 @@ class Dialler:
                     except (NodeFailed, httpx.TransportError) as error:
                         log.warning("node %s gave no answer: %s", node.wallet_address, told(error))
                         failure = error
+                        full = error if isinstance(error, _Full) else full
         except TimeoutError as error:
             limit = self._timeouts.first_byte
             raise NodeTimedOut(f"no node began to answer within {limit:g} s") from error
+        if full:
+            after = max(1, math.ceil(full.seconds))
+            raise Unavailable("no node has room", retry_after=after) from full
         if isinstance(failure, NodeFailed | httpx.TransportError):
             raise NodeFailed("the node broke off before it answered") from failure
         raise Unavailable("no node could be reached", hint="try again shortly") from failure
@@ -229,6 +243,8 @@ class Dialler:
                 raise NodeFailed(f"it answered with status {status}")
             if is_an_answer and not is_an_answer(node, response):
                 raise NodeFailed(f"it answered {status}, which is no answer here")
+            if status in _FULL and not last:
+                raise _Full(status, _retry_after(response))
             if status in TRY_ANOTHER and not last:
                 raise NodeFailed(f"it answered {status}")
             rest = response.aiter_raw()

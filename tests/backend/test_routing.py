@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import httpx
@@ -10,11 +10,16 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
+from r3mes_vllm.backend.balancer import Balancer
+from r3mes_vllm.backend.dial import Dialler, Outgoing, Timeouts
+from r3mes_vllm.backend.known import KnownNode
+from r3mes_vllm.backend.refusals import Unavailable
 from tests.backend.conftest import StartBackend, StartNode
 from tests.backend.stand_ins import (
     LEGAL_CID,
     LEGAL_CID_V0,
     OTHER_CID,
+    Clock,
     DiesAfter,
     Network,
     StandIn,
@@ -328,6 +333,58 @@ async def test_a_node_that_says_not_now_is_passed_over(
         answer = await ask(network, lora_name="legal", message=f"question {number}")
         assert answer.text == "hello"
     assert len(full.seen) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("full_first", [True, False])
+@pytest.mark.parametrize("other", ["refuses the connection", "dies"])
+async def test_beside_a_full_node_one_that_fails_does_not_hide_for_how_long(
+    start_node: StartNode, status: int, full_first: bool, other: str
+) -> None:
+    async def dies(request: Request) -> Response:
+        return DiesAfter()
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    full = await start_node(StandIn(answers(status, {"error": "busy"}, retry_after="3")))
+    failing = f"http://127.0.0.1:{unused_port()}"
+    if other == "dies":
+        failing = await start_node(StandIn(dies))
+    order = [full, failing] if full_first else [failing, full]
+    balancer = Balancer()
+    dialler = Dialler(
+        Timeouts(),
+        allow_private=True,
+        resolve=resolve,
+        dial_failed=balancer.dial_failed,
+        flight=balancer.flight,
+    )
+    nodes = [known_at(url, number) for number, url in enumerate(order)]
+    async with aclosing(dialler):
+        if full_first:
+            with pytest.raises(Unavailable) as caught:
+                await dialler.begin(nodes, lambda node: Outgoing("/chat", [], b"{}"))
+            assert caught.value.retry_after == 3
+        else:
+            begun = await dialler.begin(nodes, lambda node: Outgoing("/chat", [], b"{}"))
+            assert (begun.response.status_code, begun.response.headers["retry-after"]) == (
+                status,
+                "3",
+            )
+            await begun.aclose()
+
+
+def known_at(url: str, number: int) -> KnownNode:
+    return KnownNode(
+        wallet_address=wallet(number),
+        endpoint_url=url,
+        available_lora_list=[],
+        status="active",
+        current_load=0,
+        last_heartbeat=Clock().now,
+        signature="unsigned",
+    )
 
 
 async def test_a_node_that_dies_before_its_first_byte_is_passed_over(
