@@ -25,6 +25,8 @@ TRY_ANOTHER = {401, 403, 404, 429, *range(500, 600)}
 """What a node says of itself, not of the request: it wants another key, has lost the adapter, has
 too much to do; from 500 up it is not well, and 508 is a backend's own loop."""
 _FULL = {429, 503}
+_REFUSAL_BYTES, _REFUSAL_S = 64 << 10, 5.0
+"""Of a body that says no: it is read before the others are asked, and is small."""
 # Shorter than any server keeps an idle connection, so that none is reused as it dies.
 _KEEPALIVE_S = 2.0
 _URLS = 4096
@@ -64,7 +66,8 @@ Judge = Callable[[KnownNode, httpx.Response], bool]
 
 @dataclass(frozen=True)
 class Beginning:
-    """A node's status and headers, the first bytes of its body, and the rest to come."""
+    """A node's status and headers, the first bytes of its body, and the rest to come: none of a
+    status of TRY_ANOTHER, whose connection and flight are over."""
 
     node: KnownNode
     response: httpx.Response
@@ -247,13 +250,19 @@ class Dialler:
                 raise _Full(status, _retry_after(response))
             if status in TRY_ANOTHER and not last:
                 raise NodeFailed(f"it answered {status}")
+            if status in TRY_ANOTHER:
+                refusal = await _refusal(response)
+                await response.aclose()
+                flight.__exit__()
+                return Beginning(node, response, refusal, _nothing_more(), flight)
             rest = response.aiter_raw()
             first = await anext(rest, b"")
             if response.is_success and not first:
                 if not outgoing.resumes:
                     flight.broke()
                 raise NodeFailed("it answered nothing")
-            flight.began(f"{outgoing.path} {response.headers.get('content-type')}")
+            if response.is_success:
+                flight.began(f"{outgoing.path} {response.headers.get('content-type')}")
             return Beginning(node, response, first, rest, flight)
         except BaseException:
             await response.aclose()
@@ -288,6 +297,23 @@ def _retry_after(response: httpx.Response) -> float:
 async def _whole(response: httpx.Response, limit: int) -> bytes:
     if response.status_code != 200:
         raise NodeFailed(f"the answer was {response.status_code}")
+    return await _body(response, limit)
+
+
+async def _refusal(response: httpx.Response) -> bytes:
+    try:
+        async with asyncio.timeout(_REFUSAL_S):
+            return await _body(response, _REFUSAL_BYTES)
+    except TimeoutError as error:
+        raise NodeFailed(f"what it answered has no end within {_REFUSAL_S:g} s") from error
+
+
+async def _nothing_more() -> AsyncIterator[bytes]:
+    return
+    yield  # what makes it an iterator
+
+
+async def _body(response: httpx.Response, limit: int) -> bytes:
     body = bytearray()
     async for piece in response.aiter_raw():
         body += piece

@@ -87,30 +87,26 @@ class Relay(Response):
     async def _relay(self, request_id: str, send: Send) -> None:
         client = _Client(send, self._timeouts.between_bytes)
         failure, refusal = self._missing, None
-        try:
-            for source in (self._holders, *self._others):
-                nodes = self._nodes if source == self._holders else ()
-                course = Course(self._outgoing, self._name, tried := set[str]())
-                try:
-                    begun = await source(course.outgoing)
-                    if isinstance(begun, Substitute):
-                        await self._replace(request_id, begun, client)
-                    elif self._others and begun.response.status_code in TRY_ANOTHER:
-                        refusal = begun  # to be passed on if nobody else answers
-                        continue
-                    else:
-                        await self._follow(request_id, course, begun, client, nodes, tried)
-                except R3mesError as error:
-                    failure = failure or error
+        for source in (self._holders, *self._others):
+            nodes = self._nodes if source == self._holders else ()
+            course = Course(self._outgoing, self._name, tried := set[str]())
+            try:
+                begun = await source(course.outgoing)
+                if isinstance(begun, Substitute):
+                    await self._replace(request_id, begun, client)
+                elif self._others and begun.response.status_code in TRY_ANOTHER:
+                    refusal = begun  # to be passed on if nobody else answers
+                    continue
                 else:
-                    return
-            if refusal is None:
-                raise failure or NodeFailed("no node answered")
-            course = Course(self._outgoing, self._name, set())
-            await self._follow(request_id, course, refusal, client, (), set())
-        finally:
-            if refusal:
-                await refusal.aclose()
+                    await self._follow(request_id, course, begun, client, nodes, tried)
+            except R3mesError as error:
+                failure = failure or error
+            else:
+                return
+        if refusal is None:
+            raise failure or NodeFailed("no node answered")
+        course = Course(self._outgoing, self._name, set())
+        await self._follow(request_id, course, refusal, client, (), set())
 
     async def _holders(self, ask: Ask) -> Beginning:
         if self._missing:

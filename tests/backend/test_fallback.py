@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -799,6 +800,49 @@ class TestOrder:
         await network.register(await start_node(StandIn(loads())), **OURS)
         assert (await network.http.post("/chat", json=CHAT)).json()["response"] == "loaded"
         assert server.seen
+
+
+async def test_while_a_fallback_answers_nothing_of_the_refusal_is_under_way(
+    start_backend: StartBackend, start_node: StartNode
+) -> None:
+    """Else a node that only says no would seem to give as many answers at once."""
+    asked, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+    async def slowly(request: Request) -> Response:
+        asked.release()
+        await go_on.wait()
+        return await streams(*STREAM, media_type=EVENTS)(request)
+
+    network = await with_url(start_backend, start_node, Elsewhere(slowly))
+    full = StandIn(answers(503, {"error": "full"}))
+    await network.register(await start_node(full), "legal")
+    assert network.app
+    backend = network.app.state.backend
+    asking = [asyncio.create_task(network.http.post("/chat", json=CHAT)) for _ in range(4)]
+    for _ in asking:
+        await asyncio.wait_for(asked.acquire(), PATIENCE_S)
+    [node] = await backend.live_nodes()
+    load = backend.balancer._load(node)
+    assert (len(full.seen), load.in_flight, load.width(time.monotonic())) == (4, 0, 1)
+    go_on.set()
+    assert [it.text for it in await asyncio.gather(*asking)] == [TEXT] * 4
+
+
+@pytest.mark.parametrize("status", [503, 500])
+async def test_a_refusal_without_end_is_none(
+    start_backend: StartBackend, start_node: StartNode, status: int
+) -> None:
+    async def endless(request: Request) -> Response:
+        async def body() -> AsyncIterator[bytes]:
+            while True:
+                yield b"no " * 1024
+                await asyncio.sleep(0)
+
+        return StreamingResponse(body(), status)
+
+    network = await with_url(start_backend, start_node, Elsewhere())
+    await network.register(await start_node(StandIn(endless)), "legal")
+    assert (await network.http.post("/chat", json=CHAT)).text == TEXT
 
 
 class TestSettings:
