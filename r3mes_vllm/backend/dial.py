@@ -155,7 +155,8 @@ class Dialler:
         of each. Without a judge of answers, all that the last one says is one.
 
         Raises Unavailable if none can be dialled or one was full, NodeFailed if the last one tried
-        broke before its first byte, NodeTimedOut. The caller closes the Beginning.
+        broke before its first byte, NodeTimedOut, and NoSocket at once. The caller closes the
+        Beginning.
         """
         failure: Exception | None = None
         full: _Full | None = None
@@ -189,7 +190,7 @@ class Dialler:
     ) -> bytes:
         """The body of a whole answer 200, at most `limit` bytes, from a node that may not be one.
 
-        Raises NodeFailed with the reason, which quotes nothing that came.
+        Raises NodeFailed with the reason, which quotes nothing that came, and NoSocket.
         """
         try:
             async with asyncio.timeout(timeout_s):

@@ -17,7 +17,7 @@ from r3mes_vllm import signatures, wire
 from r3mes_vllm.backend.dial import Dialler, Outgoing
 from r3mes_vllm.backend.endpoints import normal_form
 from r3mes_vllm.backend.known import KnownNode
-from r3mes_vllm.backend.refusals import BadInput, DatabaseDown, NodeFailed
+from r3mes_vllm.backend.refusals import BadInput, DatabaseDown, NodeFailed, NoSocket
 from r3mes_vllm.backend.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -72,12 +72,12 @@ class Prover:
         return bool(new)
 
     async def _ask(self, node: KnownNode) -> None:
-        failure = await self._failure(node)
-        if failure:
-            log.warning("node %s can't be used: %s", node.wallet_address, failure)
         try:
+            failure = await self._failure(node)
+            if failure:
+                log.warning("node %s can't be used: %s", node.wallet_address, failure)
             await self._registry.note_proof(node, failure, self._clock())
-        except DatabaseDown as error:
+        except (DatabaseDown, NoSocket) as error:
             # The node stays as it was, and its next beat has it asked again.
             log.warning("the proof of node %s is lost: %r", node.wallet_address, error)
 

@@ -23,7 +23,7 @@ from r3mes_vllm.backend.elsewhere import Substitute
 from r3mes_vllm.backend.headers import RawHeaders, to_client
 from r3mes_vllm.backend.known import KnownNode
 from r3mes_vllm.backend.metrics import Metrics
-from r3mes_vllm.backend.refusals import NodeFailed, NodeTimedOut
+from r3mes_vllm.backend.refusals import NodeFailed, NodeTimedOut, NoSocket
 from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.errors import R3mesError
 from r3mes_vllm.request_id import HEADER
@@ -99,6 +99,8 @@ class Relay(Response):
                     continue
                 else:
                     await self._follow(request_id, course, begun, client, nodes, tried)
+            except NoSocket:  # for nobody else either
+                raise
             except R3mesError as error:
                 failure = failure or error
             else:
@@ -209,7 +211,9 @@ class Relay(Response):
             if not able:
                 return None
             return await self._dialler.begin(able, course.outgoing, is_an_answer=judge)
-        except R3mesError:
+        except R3mesError as error:
+            if isinstance(error, NoSocket) and not course.begun:
+                raise
             return None
 
 

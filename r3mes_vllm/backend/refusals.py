@@ -14,7 +14,8 @@ R3mesError
 ├── RateLimited         more requests than a minute allows
 ├── Unavailable         try again after `retry_after` seconds
 │   ├── DatabaseDown
-│   └── NoRoom          for a long body, beside others that are on their way
+│   ├── NoRoom          for a long body, beside others that are on their way
+│   └── NoSocket        this backend can open no connection, to whomever
 └── NodeFailed          a node was reached and broke before it answered
     ├── NodeTimedOut
     └── RoutingLoop     the request has been through this backend already
@@ -106,6 +107,10 @@ class DatabaseDown(Unavailable):
 
 class NoRoom(Unavailable):
     code = "busy"
+
+
+class NoSocket(Unavailable):
+    code = "no_socket"
 
 
 class NodeFailed(R3mesError):

@@ -3,8 +3,10 @@
 import errno
 import ipaddress
 import math
+import resource
 import socket
 import sys
+from contextlib import suppress
 
 import httpx
 import uvicorn
@@ -35,6 +37,7 @@ def run(settings: Settings) -> None:
 async def serve(settings: Settings) -> None:
     """As `run`, inside a running loop."""
     discretion.keep()
+    take_descriptors()
     app = create_app(settings)
     # Opened once here, so that a database that can't be had is a sentence and not a traceback.
     async with Registry.open(settings.database_url) as registry:
@@ -58,6 +61,14 @@ async def serve(settings: Settings) -> None:
     finally:
         for each in sockets:
             each.close()
+
+
+def take_descriptors() -> None:
+    """As many as the system lets this process have: each answer takes two, one to its client and
+    one to its node."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

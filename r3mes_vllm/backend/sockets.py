@@ -4,6 +4,7 @@ By itself httpx goes through anyio, which costs a third of what each token that 
 """
 
 import asyncio
+import errno
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,13 +13,18 @@ from typing import Any, Self
 import httpcore
 import httpx
 
+from r3mes_vllm.backend.refusals import NoSocket
+
 _OPTION = tuple[Any, ...]
 _NAMED = b"#"
 """In a connection's host, between its address and the name it is for; in neither of them."""
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+"""What this machine lacks, whatever is dialled."""
 
 
 class Transport(httpx.AsyncHTTPTransport):
-    """For http and https; no proxies. An idle connection is kept for `keepalive_s` seconds."""
+    """For http and https; no proxies. An idle connection is kept for `keepalive_s` seconds. Raises
+    NoSocket, besides what httpx does, where this machine has none left."""
 
     def __init__(self, *, keepalive_s: float, context: ssl.SSLContext | None = None) -> None:
         context = context or httpx.create_ssl_context(trust_env=False)
@@ -145,8 +151,13 @@ class _Sockets(httpcore.AsyncNetworkBackend):
     ) -> "_Socket":
         address, _, _ = host.partition(_NAMED.decode())
         with _told_as(httpcore.ConnectError, httpcore.ConnectTimeout):
-            async with asyncio.timeout(timeout):
-                return _Socket(*await asyncio.open_connection(address, port))
+            try:
+                async with asyncio.timeout(timeout):
+                    return _Socket(*await asyncio.open_connection(address, port))
+            except OSError as error:
+                if _is_ours(error, address):
+                    raise NoSocket(f"this backend has no socket left: {error}") from error
+                raise
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -195,6 +206,12 @@ class _Socket(httpcore.AsyncNetworkStream):
             unasked: bytearray = self._reader._buffer  # type: ignore[attr-defined]
             return bool(unasked) or self._reader.at_eof()
         return self._writer.get_extra_info({"server_addr": "peername"}.get(info, info))
+
+
+def _is_ours(error: OSError, address: str) -> bool:
+    if error.errno == errno.EADDRNOTAVAIL:  # no port is left; in IPv6 also that it is not set up
+        return address.replace(".", "").isdecimal()
+    return error.errno in _OURS
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
-from contextlib import AsyncExitStack, aclosing
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import Any
 
 import httpx
@@ -373,6 +376,33 @@ async def test_beside_a_full_node_one_that_fails_does_not_hide_for_how_long(
                 "3",
             )
             await begun.aclose()
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def test_what_the_backend_lacks_is_no_nodes_failure(
+    network: Network, start_node: StartNode
+) -> None:
+    nodes = [StandIn(), StandIn()]
+    for number, node in enumerate(nodes):
+        await network.register(await start_node(node), "legal", number=number)
+    with no_descriptor_left():
+        answers = [await ask(network, lora_name="legal") for _ in range(3)]
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_socket")
+        assert int(answer.headers["retry-after"]) > 0
+    assert "r3mes_backend_dial_failures_total 0.0" in (await network.http.get("/metrics")).text
+    assert (await ask(network, lora_name="legal")).text == "hello"
 
 
 def known_at(url: str, number: int) -> KnownNode:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -66,6 +67,20 @@ def test_it_says_where_it_listens_and_ends_when_told(tmp_path: Path, stop: signa
         assert process.stdout.read() == ""
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_it_takes_all_descriptors_that_it_may_have(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    port, database = unused_port(), f"sqlite:///{tmp_path}/b.sqlite3"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with program(backend_port=port, database_url=database) as process:
+            assert process.stdout
+            process.stdout.readline()
+            limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert limits == (hard, hard)
 
 
 @pytest.mark.parametrize(("drain_s", "is_whole"), [(20, True), (1, False)])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from r3mes_vllm.backend.dial import Timeouts, http_client
+from r3mes_vllm.backend.refusals import NoSocket
 from r3mes_vllm.backend.sockets import Transport
 from tests.backend.stand_ins import StandIn, serving, unused_port
 from tests.certificates import Authority
@@ -70,6 +72,29 @@ async def test_what_a_server_says_unasked_is_no_answer(http: httpx.AsyncClient) 
 async def test_nobody_listens(http: httpx.AsyncClient) -> None:
     with pytest.raises(httpx.ConnectError):
         await http.get(f"http://127.0.0.1:{unused_port()}")
+
+
+@pytest.mark.parametrize(
+    ("lack", "address", "is_ours"),
+    [
+        *((it, "127.0.0.1", True) for it in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM")),
+        *(("EADDRNOTAVAIL", it, it == "127.0.0.1") for it in ("127.0.0.1", "[::1]")),
+        *((it, "127.0.0.1", False) for it in ("ECONNREFUSED", "ENETUNREACH")),
+    ],
+)
+async def test_what_this_machine_lacks_is_told_from_what_fails_there(
+    http: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+    lack: str,
+    address: str,
+    is_ours: bool,
+) -> None:
+    async def open_connection(*_: object) -> None:
+        raise OSError(getattr(errno, lack), lack)
+
+    monkeypatch.setattr(asyncio, "open_connection", open_connection)
+    with pytest.raises(NoSocket if is_ours else httpx.ConnectError):
+        await http.get(f"http://{address}:8080")
 
 
 async def test_a_server_that_reads_nothing(http: httpx.AsyncClient) -> None:
