@@ -35,6 +35,9 @@ from r3mes_vllm.request_id import RequestIds, surround
 from r3mes_vllm.settings import Settings
 from r3mes_vllm.wire import Told
 
+_LOOKUPS = 32
+"""Of nodes' addresses, at once."""
+
 
 def now() -> datetime:
     return datetime.now(UTC)
@@ -44,7 +47,7 @@ def create_app(
     settings: Settings,
     *,
     clock: Clock = now,
-    resolve: endpoints.Resolve = endpoints.resolve,
+    resolve: endpoints.Resolve | None = None,
     timeouts: Timeouts | None = None,
 ) -> FastAPI:
     """The application for `settings`. The database is opened at its start-up and closed at its
@@ -64,7 +67,8 @@ def create_app(
         dialler = Dialler(
             patience,
             allow_private=settings.allow_private_nodes,
-            resolve=resolve,
+            resolve=resolve or endpoints.Resolver(_LOOKUPS),
+            strangers=resolve or endpoints.resolve,
             dial_failed=dial_failed,
             flight=balancer.flight,
         )
@@ -90,7 +94,7 @@ def create_app(
                         required_version=settings.required_node_version,
                         latest_version=settings.latest_node_version,
                     ),
-                    resolve=resolve,
+                    resolve=resolve or endpoints.resolve,
                     clock=clock,
                     servers=servers,
                     fallback=settings.fallback,

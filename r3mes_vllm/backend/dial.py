@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,11 +12,12 @@ from typing import Any
 
 import httpx
 
+from r3mes_vllm.backend.addresses import Addresses
 from r3mes_vllm.backend.endpoints import Resolve, host_of, public_address
 from r3mes_vllm.backend.flights import Flight
 from r3mes_vllm.backend.headers import RawHeaders, bearer
 from r3mes_vllm.backend.known import KnownNode
-from r3mes_vllm.backend.refusals import BadInput, NodeFailed, NodeTimedOut, Unavailable
+from r3mes_vllm.backend.refusals import BadInput, NodeFailed, NodeTimedOut, Unavailable, Unresolved
 from r3mes_vllm.backend.sockets import Transport
 
 log = logging.getLogger(__name__)
@@ -120,8 +121,13 @@ def _url(endpoint_url: str, path: str) -> httpx.URL:
     return httpx.URL(endpoint_url.rstrip("/") + path)
 
 
+class _Unresolved(_Undialled):
+    """By a resolver that fails or is slow, which is not known to be the node's fault."""
+
+
 class Dialler:
-    """The one HTTP client for nodes: httpx's transport alone, which follows no redirect, keeps no
+    """The one HTTP client for nodes, whose addresses are looked up by `resolve`, and by `strangers`
+    for those that may be none: httpx's transport alone, which follows no redirect, keeps no
     cookie and adds no header, at half of what its client costs. Close it with `aclose`."""
 
     def __init__(
@@ -130,18 +136,21 @@ class Dialler:
         *,
         allow_private: bool,
         resolve: Resolve,
+        strangers: Resolve,
         dial_failed: Callable[[KnownNode], None],
         flight: Callable[[KnownNode], Flight],
     ) -> None:
         self._timeouts = timeouts
         self._allow_private = allow_private
-        self._resolve = resolve
+        self._addresses = Addresses(resolve)
+        self._strangers = strangers
         self._dial_failed = dial_failed
         self._flight = flight
         self._transport = Transport(keepalive_s=_KEEPALIVE_S)
         self._patience = _patience(timeouts).as_dict()
 
     async def aclose(self) -> None:
+        await self._addresses.aclose()
         await self._transport.aclose()
 
     async def begin(
@@ -169,7 +178,8 @@ class Dialler:
                             return await self._fly(node, asked, is_an_answer, last=last)
                     except _Undialled as error:
                         log.warning("node %s can't be dialled: %s", node.wallet_address, error)
-                        self._dial_failed(node)
+                        if not isinstance(error, _Unresolved):
+                            self._dial_failed(node)
                         failure = failure or error
                     except (NodeFailed, httpx.TransportError) as error:
                         log.warning("node %s gave no answer: %s", node.wallet_address, told(error))
@@ -194,7 +204,7 @@ class Dialler:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                request = await self._request(endpoint_url, outgoing)
+                request = await self._request(endpoint_url, outgoing, self._of_stranger)
                 response = await self._transport.handle_async_request(request)
                 try:
                     return await _whole(response, limit)
@@ -229,7 +239,9 @@ class Dialler:
         *,
         last: bool,
     ) -> Beginning:
-        request = await self._request(node.endpoint_url, outgoing, access_key=node.access_key)
+        request = await self._request(
+            node.endpoint_url, outgoing, self._addresses.of, access_key=node.access_key
+        )
         try:
             response = await self._transport.handle_async_request(request)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -269,8 +281,16 @@ class Dialler:
             await response.aclose()
             raise
 
+    async def _of_stranger(self, url: httpx.URL) -> str:
+        return await public_address(url, self._strangers)
+
     async def _request(
-        self, endpoint_url: str, outgoing: Outgoing, *, access_key: str | None = None
+        self,
+        endpoint_url: str,
+        outgoing: Outgoing,
+        address_of: Callable[[httpx.URL], Awaitable[str]],
+        *,
+        access_key: str | None = None,
     ) -> httpx.Request:
         """With the headers that are given, and the node's own `access_key`."""
         url = _url(endpoint_url, outgoing.path)
@@ -278,7 +298,9 @@ class Dialler:
         extensions: dict[str, Any] = {"timeout": self._patience}
         if not self._allow_private:
             try:
-                address = await public_address(url, self._resolve)
+                address = await address_of(url)
+            except Unresolved as error:
+                raise _Unresolved(error.message) from error
             except BadInput as error:
                 raise _Undialled(error.message) from error
             headers = [(b"host", url.netloc), *headers]

@@ -2,7 +2,7 @@
 at its owner's network (server-side request forgery).
 
 The address is checked twice, at registration and at each dial, because a name can resolve to
-something else by then; the dial goes to the very address that was checked.
+something else by then; the dial goes to the very address that was checked, now or lately.
 """
 
 import asyncio
@@ -10,10 +10,12 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx
 
-from r3mes_vllm.backend.refusals import BadInput
+from r3mes_vllm.backend.refusals import BadInput, Unresolved
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 """`(host, port) -> IP addresses`. Raises OSError if there are none."""
@@ -21,6 +23,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 _FIELD = "endpoint_url"
 _LENGTH_LIMIT = 2048
 _RESOLVE_TIMEOUT_S = 5.0
+_NO_SUCH_NAME = {socket.EAI_NONAME, socket.EAI_NODATA}
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _UNICAST = ipaddress.IPv6Network("2000::/3")
 """All of IPv6 that is given out (https://www.iana.org/assignments/ipv6-address-space)."""
@@ -34,13 +37,24 @@ _OTHERS_PORTS = {
 https://fetch.spec.whatwg.org/#port-blocking."""
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """The system resolver, at most 5 seconds. It reads `127.1` and `2130706433` as addresses,
-    just as a dial does."""
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+class Resolver:
+    """The system's, in `threads` of its own: a name that nobody answers for holds one for longer
+    than it is waited for, and names that strangers send must not hold those of routing."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = ThreadPoolExecutor(threads, "resolver")
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        """At most 5 seconds. It reads `127.1` and `2130706433` as addresses, just as a dial
+        does."""
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        return [str(entry[4][0]) for entry in found]
+
+
+resolve = Resolver(8)
+"""For names that strangers send."""
 
 
 async def check_endpoint(url: str, *, allow_private: bool, resolve: Resolve = resolve) -> str:
@@ -64,12 +78,16 @@ def host_of(url: httpx.URL) -> str:
 
 
 async def public_address(url: httpx.URL, resolve: Resolve = resolve) -> str:
-    """An address of `url`'s host. Raises BadInput if it has none or one that is not public."""
+    """An address of `url`'s host. Raises BadInput if it has none or one that is not public, and
+    Unresolved if that can't be told now."""
     host = host_of(url)
     try:
         addresses = await resolve(host, url.port or _default_port(url))
     except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-        raise BadInput(f"{_FIELD}: {host} does not resolve: {error}", field=_FIELD) from error
+        is_sure = isinstance(error, UnicodeError) or error.errno in _NO_SUCH_NAME
+        raise (BadInput if is_sure else Unresolved)(
+            f"{_FIELD}: {host} does not resolve: {error}", field=_FIELD
+        ) from error
     for address in addresses:
         if not is_public(address):
             raise BadInput(

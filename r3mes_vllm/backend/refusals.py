@@ -3,6 +3,7 @@
 R3mesError
 ├── BadInput            the client's mistake; `field` says where
 │   ├── Malformed       the body is not what its content type promises
+│   ├── Unresolved      a host's name that can't be looked up now: it may be right
 │   ├── TooLarge        more bytes than a body may have
 │   └── TooSlow         a body that takes too long to come
 ├── Unauthorized        no key, or a wrong one
@@ -40,6 +41,10 @@ class BadInput(R3mesError):
 class Malformed(BadInput):
     code = "malformed"
     status = 400
+
+
+class Unresolved(BadInput):
+    pass
 
 
 class TooLarge(BadInput):

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from r3mes_vllm.backend.app import create_app
 from r3mes_vllm.backend.dashboard import view
 from r3mes_vllm.backend.dial import Timeouts
-from r3mes_vllm.backend.endpoints import Resolve, resolve
+from r3mes_vllm.backend.endpoints import Resolve
 from r3mes_vllm.settings import load
 from tests.backend.browsing import Pair, Speaker
 from tests.backend.stand_ins import LEGAL_CID, PATIENCE_S, Clock, Network, StandIn, serving
@@ -24,7 +24,7 @@ class StartBackend(Protocol):
         self,
         *,
         timeouts: Timeouts | None = None,
-        resolve: Resolve = resolve,
+        resolve: Resolve | None = None,
         **settings: Any,
     ) -> Network: ...
 
@@ -85,7 +85,7 @@ def start_backend(database: str, open_until_end: AsyncExitStack) -> StartBackend
     """Start the backend on a real database; its nodes may live on loopback unless told."""
 
     async def start(
-        *, timeouts: Timeouts | None = None, resolve: Resolve = resolve, **settings: Any
+        *, timeouts: Timeouts | None = None, resolve: Resolve | None = None, **settings: Any
     ) -> Network:
         given = {
             "allow_private_nodes": True,

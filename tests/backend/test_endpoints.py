@@ -1,13 +1,20 @@
 """Where a node may say it lives."""
 
 import asyncio
-from contextlib import nullcontext
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import aclosing, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
+import httpx
 import pytest
 
-from r3mes_vllm.backend import endpoints
+from r3mes_vllm.backend import addresses, endpoints
+from r3mes_vllm.backend.addresses import Addresses
 from r3mes_vllm.backend.endpoints import check_endpoint, is_public
-from r3mes_vllm.backend.refusals import BadInput
+from r3mes_vllm.backend.refusals import BadInput, Unresolved
 from tests.backend.conftest import StartBackend, StartNode
 from tests.backend.stand_ins import StandIn, untouched, wallet
 
@@ -231,11 +238,172 @@ async def test_the_dial_goes_to_the_address_that_was_checked_under_the_name(
     assert node.seen[0].path == "/prefix/chat"
 
 
-async def test_a_slow_resolver_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(*args: object, **kwargs: object) -> None:
-        await asyncio.Event().wait()
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The resolver hangs for names in `slow.example`, which are those that it was asked for."""
+    asked, go_on, real = list[str](), threading.Event(), socket.getaddrinfo
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
-    monkeypatch.setattr(endpoints, "_RESOLVE_TIMEOUT_S", 0.01)
-    with pytest.raises(BadInput, match="does not resolve"):
-        await check_endpoint("http://node.example", allow_private=False)
+    def getaddrinfo(host: str, *more: Any, **named: Any) -> Any:
+        if host.endswith("slow.example"):
+            asked.append(host)
+            go_on.wait()
+            raise GONE
+        return real(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield asked
+    go_on.set()
+
+
+async def test_a_slow_resolver_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, hanging: list[str]
+) -> None:
+    monkeypatch.setattr(endpoints, "_RESOLVE_TIMEOUT_S", 0.2)
+    with pytest.raises(Unresolved, match="does not resolve"):
+        await check_endpoint("http://slow.example", allow_private=False)
+    assert hanging
+
+
+async def test_strangers_names_take_no_lookup_from_routing(
+    start_backend: StartBackend,
+    start_node: StartNode,
+    monkeypatch: pytest.MonkeyPatch,
+    hanging: list[str],
+) -> None:
+    monkeypatch.setattr(endpoints, "is_public", lambda address: address == "127.0.0.1")
+    strangers = endpoints.Resolver(8)
+    monkeypatch.setattr(endpoints, "resolve", strangers)
+    network = await start_backend(allow_private_nodes=False)
+    port = (await start_node(StandIn())).rpartition(":")[2]
+    await network.register(f"http://127.0.0.1:{port}", "legal")
+    registering = [
+        asyncio.create_task(
+            network.register(f"http://{number}.slow.example", "legal", number=number)
+        )
+        for number in range(2, 66)
+    ]
+    while len(hanging) < 8:
+        await asyncio.sleep(0.01)
+    answer = await network.http.post("/chat", json={"message": "hi"})
+    assert answer.text == "hello"
+    assert not any(it.done() for it in registering)
+    assert len(hanging) == 8
+    for it in registering:
+        it.cancel()
+    await asyncio.gather(*registering, return_exceptions=True)
+
+
+@dataclass
+class Names:
+    """Leads to loopback, or fails as it is told."""
+
+    failure: Exception | None = None
+    asked: int = 0
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        self.asked += 1
+        if self.failure:
+            raise self.failure
+        return ["127.0.0.1"]
+
+
+AGAIN = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+GONE = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+@pytest.mark.parametrize("failure", [AGAIN, TimeoutError(), OSError(24, "no descriptor")])
+async def test_a_resolver_that_fails_marks_no_node(
+    start_backend: StartBackend,
+    start_node: StartNode,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+) -> None:
+    monkeypatch.setattr(endpoints, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(addresses, "_PAUSE_S", 0)
+    names = Names()
+    network = await start_backend(allow_private_nodes=False, resolve=names)
+    port = (await start_node(StandIn())).rpartition(":")[2]
+    await network.register(f"http://node.invalid:{port}", "legal")
+    names.failure = failure
+    assert (await network.http.post("/chat", json={"message": "hi"})).status_code == 503
+    assert "r3mes_backend_dial_failures_total 0.0" in (await network.http.get("/metrics")).text
+    names.failure = None
+    assert (await network.http.post("/chat", json={"message": "hi"})).text == "hello"
+
+    # The twin: a name that there is not.
+    monkeypatch.setattr(addresses, "_FRESH_S", 0)
+    await network.register(f"http://other.invalid:{port}", "legal")
+    names.failure = GONE
+    assert (await network.http.post("/chat", json={"message": "hi"})).status_code == 503
+    assert "r3mes_backend_dial_failures_total 1.0" in (await network.http.get("/metrics")).text
+
+
+class TestAddresses:
+    URL = httpx.URL("http://node.invalid")
+
+    @pytest.fixture(autouse=True)
+    def _loopback(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(endpoints, "is_public", lambda address: address == "127.0.0.1")
+
+    async def test_one_is_kept_for_some_seconds(self) -> None:
+        now, names = [0.0], Names()
+        async with aclosing(Addresses(names, lambda: now[0])) as found:
+            for _ in range(3):
+                assert await found.of(self.URL) == "127.0.0.1"
+            assert names.asked == 1
+            now[0] = addresses._FRESH_S
+            await found.of(self.URL)
+            assert names.asked == 2
+
+    @pytest.mark.parametrize("failure", [AGAIN, TimeoutError()])
+    async def test_the_last_one_serves_while_the_resolver_fails(self, failure: Exception) -> None:
+        now, names = [0.0], Names()
+        async with aclosing(Addresses(names, lambda: now[0])) as found:
+            await found.of(self.URL)
+            names.failure = failure
+            now[0] = addresses._FRESH_S
+            for _ in range(3):
+                assert await found.of(self.URL) == "127.0.0.1"
+            assert names.asked == 2
+            now[0] = addresses._GOOD_S
+            with pytest.raises(Unresolved):
+                await found.of(self.URL)
+
+    async def test_the_last_one_serves_while_the_resolver_is_slow(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(addresses, "_SLOW_S", 0.01)
+        now, go_on, asked = [0.0], asyncio.Event(), 0
+
+        async def resolve(host: str, port: int) -> list[str]:
+            nonlocal asked
+            asked += 1
+            if asked > 1:
+                await go_on.wait()
+            return ["127.0.0.1"]
+
+        async with aclosing(Addresses(resolve, lambda: now[0])) as found:
+            await found.of(self.URL)
+            for now[0] in (addresses._FRESH_S, 3 * addresses._FRESH_S):
+                assert await found.of(self.URL) == "127.0.0.1"
+            assert asked == 2
+            assert found._looking
+
+    async def test_a_name_that_is_gone_has_none(self) -> None:
+        now, names = [0.0], Names()
+        async with aclosing(Addresses(names, lambda: now[0])) as found:
+            await found.of(self.URL)
+            names.failure = GONE
+            now[0] = addresses._FRESH_S
+            with pytest.raises(BadInput):
+                await found.of(self.URL)
+            names.failure = AGAIN
+            with pytest.raises(Unresolved):
+                await found.of(self.URL)
+
+    async def test_so_many_are_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(addresses, "_MOST", 3)
+        async with aclosing(Addresses(Names())) as found:
+            for number in range(5):
+                await found.of(httpx.URL(f"http://{number}.invalid"))
+            assert [*found._kept] == ["2.invalid", "3.invalid", "4.invalid"]

@@ -360,6 +360,7 @@ async def test_beside_a_full_node_one_that_fails_does_not_hide_for_how_long(
         Timeouts(),
         allow_private=True,
         resolve=resolve,
+        strangers=resolve,
         dial_failed=balancer.dial_failed,
         flight=balancer.flight,
     )
