@@ -208,7 +208,7 @@ async def test_a_node_that_answers_as_another_adapter_is_passed_over(
 async def test_an_errors_text_is_not_gone_on_with(network: Network, start_node: StartNode) -> None:
     class Failing(DiesAfter):
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            await send({"type": "http.response.start", "status": 404, "headers": TYPED})
+            await send({"type": "http.response.start", "status": 400, "headers": TYPED})
             await send({"type": "http.response.body", "body": b"To be", "more_body": True})
 
     async def behaviour(request: Request) -> Response:
@@ -217,7 +217,7 @@ async def test_an_errors_text_is_not_gone_on_with(network: Network, start_node: 
     other = StandIn(streams(TEXT.encode()))
     nodes: list[Node] = [(behaviour, {}), (other, {})]
     answer = await begun_at_first(network, start_node, nodes, CHAT)
-    assert (answer.status, answer.complete) == (404, False)
+    assert (answer.status, answer.complete) == (400, False)
 
 
 TYPED = [(b"content-type", b"text/plain")]
