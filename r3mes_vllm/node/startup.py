@@ -73,7 +73,7 @@ def _serve(settings: Settings, passed_on: Sequence[str], early: Early, *, verbos
     if not named and not settings.base_only:
         raise AdapterError(
             "none of the adapters can be served",
-            hint="name one that can: r3mes-vllm serve --loras NAME=CID",
+            hint="name one that can, --loras NAME=CID, or publish one: r3mes-vllm adapter publish",
         )
     fetched = sum(it.adapter.fetched for it in named)
     report.done("adapters", f"{len(named)} verified, {fetched} of them fetched now")
