@@ -46,7 +46,7 @@ class Product:
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.dtype = _computed_in(weight.dtype)
+        self.dtype = computed_in(weight.dtype)
         weight = weight.to(self.dtype)
         self.outputs = weight.shape[0]
         self._handler = None
@@ -224,7 +224,7 @@ def _packed(
     )
 
 
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
+def computed_in(dtype: torch.dtype) -> torch.dtype:
     """float32 where the processor would only imitate `dtype`, which takes up to ten times as long
     as converting and multiplying."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -1,7 +1,8 @@
 """How much room the engine makes for adapters, from the adapters and from the memory that is free.
 
 A slot takes memory for the largest rank in every layer, whether it is used or not, and on a GPU it
-is taken from the KV cache. Adapters beside the slots take main memory when they come.
+is taken from the KV cache; on a CPU also for what is laid out of its adapters. Adapters beside the
+slots take main memory when they come.
 """
 
 import os
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import get_args
 
 import psutil
+import torch
 from vllm.config.lora import MaxLoRARanks
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import import_pynvml
 
 from r3mes_vllm.adapters.model_shape import ModelShape
+from r3mes_vllm.engine.cpu_packs import MIXED_PACKS, computed_in
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.settings import parse_bytes
 
@@ -73,7 +76,8 @@ class Sizes:
         """For `adapters` of these ranks and bytes, and others like them; what the operator chose
         wins. Raises ConfigError for what vLLM does not serve or what can't fit."""
         rank = _served_rank(max_rank or max((rank for rank, _ in adapters), default=_DEFAULT_RANK))
-        each = _bytes_of(base, rank, adapters)
+        kept_each = _bytes_of(base, rank, adapters)
+        each = kept_each if memory.gpu is not None else kept_each * (1 + laid_out())
         total = memory.ram if memory.gpu is None else memory.gpu
         share = _OF_RAM / 2 if memory.gpu is None else _OF_GPU
         if max_loras and max_loras * each > total:
@@ -84,7 +88,7 @@ class Sizes:
             )
         fitting = max(int(total * share / each), 1)
         slots = max_loras or min(len(adapters) + 1, _MOST_SLOTS, fitting)
-        kept = max(slots, min(_MOST_KEPT, int(memory.ram * _OF_RAM / each)))
+        kept = max(slots, min(_MOST_KEPT, int(memory.ram * _OF_RAM / kept_each)))
         where = "main memory" if memory.gpu is None else "the GPU"
         return cls(
             slots,
@@ -93,6 +97,13 @@ class Sizes:
             f"{slots} adapter slots of rank {rank} take {slots} x {_size(each)} of "
             f"{_size(total)} free in {where}; up to {kept} adapters are kept in main memory",
         )
+
+
+def laid_out() -> int:
+    """How often a slot's bytes, at most, are laid out for a CPU to multiply with: of its adapter
+    and of one that left it, and its part of each mixed pack."""
+    wide = 2 if computed_in(torch.bfloat16) is torch.float32 else 1
+    return (2 + MIXED_PACKS) * wide
 
 
 def _served_rank(wanted: int) -> int:

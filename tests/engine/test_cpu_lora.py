@@ -202,7 +202,7 @@ def test_an_adapters_products_are_of_few_numbers_of_rows(monkeypatch: pytest.Mon
 def test_with_and_without_the_processors_bf16_it_equals_float64(
     monkeypatch: pytest.MonkeyPatch, computed_in: torch.dtype
 ) -> None:
-    monkeypatch.setattr(cpu_packs, "_computed_in", lambda dtype: computed_in)
+    monkeypatch.setattr(cpu_packs, "computed_in", lambda dtype: computed_in)
     layer, wrapper = Layer(0), CpuPunicaWrapper(512, 64, "cpu")
     for slot in range(layer.slots):
         layer.place(slot, (8, 4, 2))

@@ -1,9 +1,11 @@
 """Room for adapters, from the adapters and the memory."""
 
 import pytest
+import torch
 
 from r3mes_vllm.adapters.model_shape import ModelShape
-from r3mes_vllm.engine.sizes import Memory, Sizes
+from r3mes_vllm.engine import sizes as sizing
+from r3mes_vllm.engine.sizes import Memory, Sizes, laid_out
 from r3mes_vllm.errors import ConfigError
 
 BASE = ModelShape("base", {f"layer.{number}": (500, 524) for number in range(64)})
@@ -11,18 +13,30 @@ RANK_8 = 64 * 1024 * 8 * 2  # bytes of a slot: 1 MiB
 PLENTY = Memory(ram=64 << 30, gpu=None)
 
 
+@pytest.fixture(autouse=True)
+def with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "computed_in", lambda dtype: dtype)
+
+
 def test_room_for_the_adapters_and_one_more() -> None:
     sizes = Sizes.of([(8, 1000), (4, 1000)], BASE, PLENTY)
     assert (sizes.max_loras, sizes.max_lora_rank) == (3, 8)
     assert sizes.max_cpu_loras == 1024
-    assert "3 x 1 MiB of 64.0 GiB free in main memory" in sizes.arithmetic
+    assert "3 x 6 MiB of 64.0 GiB free in main memory" in sizes.arithmetic
 
 
 def test_hundreds_of_adapters_share_the_slots_that_fit() -> None:
     many = [(8, 1000)] * 500
     assert Sizes.of(many, BASE, PLENTY).max_loras == 32
-    small = Sizes.of(many, BASE, Memory(ram=40 * RANK_8, gpu=None))
-    assert (small.max_loras, small.max_cpu_loras) == (10, 20)
+    small = Sizes.of(many, BASE, Memory(ram=240 * RANK_8, gpu=None))
+    assert (small.max_loras, small.max_cpu_loras) == (10, 120)
+
+
+def test_a_cpu_without_bf16_lays_out_twice_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "computed_in", lambda dtype: torch.float32)
+    assert laid_out() == 10
+    small = Sizes.of([(8, 1000)] * 500, BASE, Memory(ram=240 * RANK_8, gpu=None))
+    assert small.max_loras == 5
 
 
 def test_slots_are_taken_from_the_gpu_where_there_is_one() -> None:
@@ -35,7 +49,7 @@ def test_what_the_operator_chose_wins_if_it_can_be_had() -> None:
     sizes = Sizes.of([(8, 1000)], BASE, PLENTY, max_loras=7, max_rank=20)
     assert (sizes.max_loras, sizes.max_lora_rank) == (7, 32)
     with pytest.raises(ConfigError, match="--max-loras 100") as refused:
-        Sizes.of([(8, 1000)], BASE, Memory(ram=40 * RANK_8, gpu=None), max_loras=100)
+        Sizes.of([(8, 1000)], BASE, Memory(ram=240 * RANK_8, gpu=None), max_loras=100)
     assert refused.value.hint == "pass --max-loras 10 or less"
     with pytest.raises(ConfigError, match="1000"):
         Sizes.of([], BASE, PLENTY, max_rank=1000)
@@ -43,7 +57,7 @@ def test_what_the_operator_chose_wins_if_it_can_be_had() -> None:
 
 def test_of_a_base_model_that_is_not_known_the_adapters_tell() -> None:
     sizes = Sizes.of([(8, 1 << 20)], ModelShape("other", None), PLENTY, max_rank=16)
-    assert "2 x 2 MiB" in sizes.arithmetic
+    assert "2 x 12 MiB" in sizes.arithmetic
 
 
 def test_without_memory_there_is_one_slot() -> None:
