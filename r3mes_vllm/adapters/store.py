@@ -137,17 +137,20 @@ class Store:
     async def incoming(self, cid: CID) -> AsyncIterator[Path]:
         """A folder for fetching `cid`, one fetch at a time; it stays until `commit` or `discard`.
 
-        Waits while another process fetches the same adapter.
+        Waits while another process fetches the same adapter. Of a fetch that got nothing nothing
+        stays.
         """
-        fd = self._open_lock(f"{cid}.fetch")
+        name, folder = f"{cid}.fetch", self._incoming / str(cid)
+        while (fd := self._taken(name)) is None:  # noqa: ASYNC110 - the kernel wakes nobody here
+            await asyncio.sleep(_POLL_S)
         try:
-            while not _try_lock(fd):  # noqa: ASYNC110 - the kernel wakes nobody here
-                await asyncio.sleep(_POLL_S)
-            folder = self._incoming / str(cid)
             with disk_errors_are_said(self.directory):
                 folder.mkdir(exist_ok=True)
             yield folder
         finally:
+            if not _has_bytes(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            self._end_fetch(cid)
             os.close(fd)
 
     @contextmanager
@@ -338,6 +341,15 @@ class Store:
             with self._locked(lock) as mine:
                 if mine:
                     yield folder / str(cid)
+                    if folder is self._incoming:
+                        self._end_fetch(cid)
+
+    def _end_fetch(self, cid: CID) -> None:
+        """Remove its lock, which is held, where nothing is left of it; who waits looks whether the
+        file is still the lock."""
+        if not (self._incoming / str(cid)).exists():
+            with suppress(OSError):
+                os.unlink(self._locks / f"{cid}.fetch")
 
     def _remove(self, folder: Path) -> int:
         """As a whole or not at all, whatever ends this process; the bytes removed."""
@@ -357,14 +369,26 @@ class Store:
     @contextmanager
     def _locked(self, name: CID | str, *, wait_s: float = 0.0) -> Iterator[bool]:
         """Whether nobody else holds the lock `name`; nobody will meanwhile."""
-        fd = self._open_lock(name)
         until = time.monotonic() + wait_s
+        while (fd := self._taken(name)) is None and time.monotonic() < until:
+            time.sleep(_POLL_S)
         try:
-            while not (mine := _try_lock(fd)) and time.monotonic() < until:
-                time.sleep(_POLL_S)
-            yield mine
+            yield fd is not None
         finally:
-            os.close(fd)
+            if fd is not None:
+                os.close(fd)
+
+    def _taken(self, name: CID | str) -> int | None:
+        """The lock `name`, held until it is closed; None while somebody else has it."""
+        while True:
+            fd = self._open_lock(name)
+            if not _try_lock(fd):
+                os.close(fd)
+                return None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(self._locks / str(name))):
+                    return fd
+            os.close(fd)  # its holder ended a fetch, and removed it
 
     def _open_lock(self, name: CID | str) -> int:
         """An adapter's may be held by who may only read the store, the others not."""
@@ -377,6 +401,11 @@ class Store:
                 if error.errno not in READ_ONLY or not os.path.exists(path):
                     raise
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _has_bytes(folder: Path) -> bool:
+    files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
+    return any(map(os.path.getsize, files))
 
 
 def _try_lock(fd: int) -> bool:

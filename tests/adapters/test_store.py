@@ -178,6 +178,34 @@ def test_an_unfinished_fetch_is_no_adapter_and_goes_when_room_is_needed(tmp_path
     assert not left.exists()
 
 
+@pytest.mark.parametrize("came", [b"", b"a block"])
+async def test_a_fetch_that_got_nothing_leaves_nothing(tmp_path: Path, came: bytes) -> None:
+    """Who may ask for any CID could fill a disk with files of none."""
+    store = Store(tmp_path)
+    async with store.incoming(cid(1)) as folder:
+        (folder / "files").mkdir()
+        (folder / "files" / "part").write_bytes(came)
+    assert [it.name for it in (tmp_path / "incoming").iterdir()] == [str(cid(1))] * bool(came)
+    assert len(list((tmp_path / "locks").iterdir())) == bool(came)
+
+
+async def test_who_opened_a_lock_that_is_removed_meanwhile_takes_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, opened, lock = Store(tmp_path), Store._open_lock, tmp_path / "locks" / f"{cid(1)}.fetch"
+
+    def removed_once(store: Store, name: Any) -> int:
+        fd = opened(store, name)
+        monkeypatch.undo()
+        lock.unlink()
+        return fd
+
+    monkeypatch.setattr(Store, "_open_lock", removed_once)
+    async with store.incoming(cid(1)):
+        with store._locked(lock.name) as mine:
+            assert not mine, "two would fetch into one folder"
+
+
 def test_what_a_crash_left_is_collected_after_a_day(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for name, age in ((".scratch-old", 90_000), (".gone-new", 5)):
