@@ -91,6 +91,7 @@ def serve(
 ) -> None:
     """Run a serving node. What follows -- goes to vLLM's own parser.
 
+    \b
     Example: r3mes-vllm serve --loras legal,medical --host 127.0.0.1 -- --max-model-len 4096
     """
     given = settings.load(
