@@ -7,8 +7,9 @@ from r3mes_vllm.adapters.supply import Supply
 
 
 async def put_in_store(cache: Path, adapter: Path) -> str:
-    """Its CID; `cache` is the node's."""
-    supply = Supply(Store(cache), ipfs_api="http://127.0.0.1:9", gateways=[])
+    """Its CID; `cache` is the node's, and nothing is written there any more."""
+    supply = Supply(store := Store(cache), ipfs_api="http://127.0.0.1:9", gateways=[])
     obtained = await supply.import_path(adapter)
     obtained.lease.release()
+    store.synchronise()
     return str(obtained.cid)

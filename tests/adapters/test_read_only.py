@@ -39,9 +39,7 @@ def adapter(tmp_path: Path) -> Path:
 @pytest.fixture
 async def stored(tmp_path: Path, adapter: Path) -> CID:
     """Of `adapter`, which is in the store at `tmp_path / "cache"`."""
-    text = await put_in_store(tmp_path / "cache", adapter)
-    Store(tmp_path / "cache").synchronise()
-    return CID.parse(text)
+    return CID.parse(await put_in_store(tmp_path / "cache", adapter))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from r3mes_vllm.backend.database import Table, database_url, open_engine
 from r3mes_vllm.backend.loras import Author
 from r3mes_vllm.backend.migrate import upgrade
 from r3mes_vllm.backend.registry import Registry
-from r3mes_vllm.errors import ConfigError
+from r3mes_vllm.errors import ConfigError, DatabaseUnreachable
 from tests.backend.stand_ins import LEGAL_CID, wallet
 
 ON_BOTH = True
@@ -129,7 +129,7 @@ async def test_a_database_of_before_the_revisions_loses_nothing(
     await run(database, OLD + ROWS)
     if not protected:
         monkeypatch.setattr(registry, "upgrade", lambda connection: None)
-        with pytest.raises(ConfigError, match="registry_revision") as caught:
+        with pytest.raises(DatabaseUnreachable, match="registry_revision") as caught:
             await use(database)
         assert isinstance(caught.value.__cause__, SQLAlchemyError)
         return

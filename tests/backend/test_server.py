@@ -23,7 +23,7 @@ from r3mes_vllm import __version__
 from r3mes_vllm.backend.database import database_url
 from r3mes_vllm.backend.registry import Registry
 from r3mes_vllm.backend.server import listen, run, warnings
-from r3mes_vllm.errors import ConfigError, PortTaken
+from r3mes_vllm.errors import ConfigError, DatabaseUnreachable, PortTaken
 from r3mes_vllm.settings import load
 from tests.backend.stand_ins import Clock, Network, StandIn, serving, unused_port
 
@@ -177,7 +177,7 @@ def test_the_default_database_is_in_the_users_data_directory(
 
 async def test_a_password_is_shown_nowhere() -> None:
     url = f"postgresql://user:secret@127.0.0.1:{unused_port()}/r3mes"
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(DatabaseUnreachable) as caught:
         async with Registry.open(url):
             pass
     assert "secret" not in caught.value.message + caught.value.hint
