@@ -338,6 +338,8 @@ class Store:
     def _unused(self, cid: CID) -> Iterator[Path]:
         """What lies here of an adapter and of a fetch of it, each while nobody may use it."""
         for folder, lock in ((self._incoming, f"{cid}.fetch"), (self._adapters, cid)):
+            if folder is self._incoming and not (folder / str(cid)).exists():
+                continue  # a full disk has no room for the lock of a fetch that has ended
             with self._locked(lock) as mine:
                 if mine:
                     yield folder / str(cid)
