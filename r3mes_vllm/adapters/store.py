@@ -140,8 +140,8 @@ class Store:
         Waits while another process fetches the same adapter. Of a fetch that got nothing nothing
         stays.
         """
-        name, folder = f"{cid}.fetch", self._incoming / str(cid)
-        while (fd := self._taken(name)) is None:  # noqa: ASYNC110 - the kernel wakes nobody here
+        folder = self._incoming / str(cid)
+        while (fd := self._taken(_fetch_lock(cid))) is None:  # noqa: ASYNC110 - the kernel wakes nobody here
             await asyncio.sleep(_POLL_S)
         try:
             with disk_errors_are_said(self.directory):
@@ -337,21 +337,22 @@ class Store:
 
     def _unused(self, cid: CID) -> Iterator[Path]:
         """What lies here of an adapter and of a fetch of it, each while nobody may use it."""
-        for folder, lock in ((self._incoming, f"{cid}.fetch"), (self._adapters, cid)):
-            if folder is self._incoming and not (folder / str(cid)).exists():
-                continue  # a full disk has no room for the lock of a fetch that has ended
-            with self._locked(lock) as mine:
+        fetch = self._incoming / str(cid)
+        if fetch.exists():  # a full disk has no room for the lock of one that has ended
+            with self._locked(_fetch_lock(cid)) as mine:
                 if mine:
-                    yield folder / str(cid)
-                    if folder is self._incoming:
-                        self._end_fetch(cid)
+                    yield fetch
+                    self._end_fetch(cid)
+        with self._locked(cid) as mine:
+            if mine:
+                yield self._adapters / str(cid)
 
     def _end_fetch(self, cid: CID) -> None:
         """Remove its lock, which is held, where nothing is left of it; who waits looks whether the
         file is still the lock."""
         if not (self._incoming / str(cid)).exists():
             with suppress(OSError):
-                os.unlink(self._locks / f"{cid}.fetch")
+                os.unlink(self._locks / _fetch_lock(cid))
 
     def _remove(self, folder: Path) -> int:
         """As a whole or not at all, whatever ends this process; the bytes removed."""
@@ -403,6 +404,10 @@ class Store:
                 if error.errno not in READ_ONLY or not os.path.exists(path):
                     raise
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _fetch_lock(cid: CID) -> str:
+    return f"{cid}.fetch"
 
 
 def _has_bytes(folder: Path) -> bool:

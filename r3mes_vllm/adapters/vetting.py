@@ -265,9 +265,7 @@ def modules_are_served(it: Candidate) -> None:
     for module in map(_module_of, it.tensors):
         if module.rpartition(".")[2] == "lm_head":
             refuse("modules_are_served", "lm_head takes no adapters", hint="train it without that")
-        if it.base is None:
-            continue
-        if not it.base.takes(module):
+        if it.base and not it.base.takes(module):
             refuse(
                 "modules_are_served",
                 f"{short(module)} takes no adapters on this node",
