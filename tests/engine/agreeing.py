@@ -67,8 +67,8 @@ def good(chance: random.Random) -> tuple[Config, Tensors]:
         if last not in targets or ("layers_to_transform" in config and ".0." not in module):
             continue
         here = ranks.get(last, rank)
-        tensors[_name(module, "A")] = (torch.randn(here, inputs) * 0.1).to(dtype)
-        tensors[_name(module, "B")] = (torch.randn(outputs, here) * 0.1).to(dtype)
+        tensors[weight_name(module, "A")] = (torch.randn(here, inputs) * 0.1).to(dtype)
+        tensors[weight_name(module, "B")] = (torch.randn(outputs, here) * 0.1).to(dtype)
     return config, tensors
 
 
@@ -81,7 +81,7 @@ def _parent(target: str) -> str:
     return "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
 
 
-def _name(module: str, side: str) -> str:
+def weight_name(module: str, side: str) -> str:
     return f"base_model.model.{module}.lora_{side}.weight"
 
 
@@ -123,7 +123,7 @@ def _move_pair(config: Config, tensors: Tensors) -> None:
     module = _any(tensors).removeprefix("base_model.model.").partition(".lora_")[0]
     far = f"model.layers.999.{module.partition('.')[2].partition('.')[2].partition('.')[2]}"
     for side in "AB":
-        tensors[_name(far, side)] = tensors.pop(_name(module, side))
+        tensors[weight_name(far, side)] = tensors.pop(weight_name(module, side))
 
 
 def _drop_partner(config: Config, tensors: Tensors) -> None:

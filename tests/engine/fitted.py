@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.network_utils import get_open_port
 
 from r3mes_vllm.engine import fitting
+from tests.engine.agreeing import weight_name
 
 RANK = 4
 SIZES = {
@@ -56,13 +57,9 @@ def weights_of(config: PreTrainedConfig) -> Weights:
     found = {}
     for name, layer in model.named_modules():
         if name != "lm_head" and isinstance(layer, torch.nn.Linear):
-            found[_named(name, "A")] = torch.zeros(RANK, layer.in_features)
-            found[_named(name, "B")] = torch.zeros(layer.out_features, RANK)
+            found[weight_name(name, "A")] = torch.zeros(RANK, layer.in_features)
+            found[weight_name(name, "B")] = torch.zeros(layer.out_features, RANK)
     return found
-
-
-def _named(layer: str, side: str) -> str:
-    return f"base_model.model.{layer}.lora_{side}.weight"
 
 
 def misfit(weights: Weights, how: str) -> Weights:
