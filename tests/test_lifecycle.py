@@ -170,6 +170,8 @@ async def test_ctrl_c_in_a_terminal_waits_for_streams_and_a_second_one_does_not(
         async with streams(running.url, [5, 8000], begun=2) as (short, long):
             os.killpg(running.process.pid, signal.SIGINT)
             await wait_until_async(lambda: short.done, 30, "the short one")
+            # the kernel makes one signal of two that the node has not yet taken
+            await wait_until_async(lambda: "draining: " in running.output(), 30, "the drain")
             assert running.process.poll() is None
             os.killpg(running.process.pid, signal.SIGINT)
         assert not long.done
