@@ -198,6 +198,8 @@ class Settings(BaseSettings):
     """Nodes of an earlier one get no requests; existing nodes, which tell none, go on."""
     latest_node_version: str | None = None
     """Told to nodes of an earlier one."""
+    forget_nodes_after: int = Field(30, ge=1)
+    """Days of silence; those that never proved to live at their URL are forgotten after one."""
     allow_private_nodes: bool = False
     require_signatures: bool = False
 

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from fastapi import FastAPI
 
@@ -22,6 +22,7 @@ from r3mes_vllm.backend.bodies import Kept, Room
 from r3mes_vllm.backend.choice import policy
 from r3mes_vllm.backend.dial import Dialler, Timeouts
 from r3mes_vllm.backend.elsewhere import root_of
+from r3mes_vllm.backend.forgetting import forgetting
 from r3mes_vllm.backend.keys import client_keys
 from r3mes_vllm.backend.known import KnownNode
 from r3mes_vllm.backend.metrics import Measured, Metrics
@@ -77,6 +78,7 @@ def create_app(
                 Registry.open(settings.database_url, clock) as registry,
                 fallback.servers(settings, patience) as servers,
                 aclosing(Prover(registry, dialler, clock)) as prover,
+                forgetting(registry, clock, timedelta(days=settings.forget_nodes_after)),
             ):
                 app.state.backend = Backend(
                     registry=registry,

@@ -42,6 +42,20 @@ def is_silent(oldest: datetime) -> Any:
     return _NODES.c.last_heartbeat <= oldest
 
 
+def is_forgettable(oldest: datetime, oldest_unproven: datetime) -> Any:
+    """As `View.silent`."""
+    is_unproven = or_(
+        _NODES.c.public_key.is_(None),
+        _NODES.c.proof_url.is_(None),
+        _NODES.c.proof_url != _NODES.c.endpoint_url,
+        _NODES.c.proof_failure.is_not(None),
+    )
+    return or_(
+        _NODES.c.last_heartbeat <= oldest,
+        and_(_NODES.c.last_heartbeat <= oldest_unproven, is_unproven),
+    )
+
+
 def is_later(claim: Claim) -> Any:
     """Rows that have seen neither this request nor a later one; also what they have seen by a clock
     that has been set back since."""

@@ -202,6 +202,17 @@ class Registry:
             row = await _change(change, wallet, {"status": wire.OFFLINE}, claim)
         return self._noted(row) is not None
 
+    async def forget_nodes(self, oldest: datetime, oldest_unproven: datetime) -> int:
+        """Delete the nodes whose last beat is older than that, by whether they have proved their
+        URL. Each backend of a database does so for its own memory. Returns how many were there."""
+        found = self._view.silent(oldest, oldest_unproven)
+        if found:
+            forgettable = claims.is_forgettable(oldest, oldest_unproven)
+            async with self._changing() as change:
+                deleted = await change.delete(_NODES, forgettable)
+            self._view.forget(found, {row["wallet_address"]: change.revision for row in deleted})
+        return len(found)
+
     async def note_proof(self, node: KnownNode, failure: str | None, now: datetime) -> None:
         """`node` was asked whether it lives at its URL; nothing is noted if it has moved since.
 
@@ -232,7 +243,7 @@ class Registry:
         return self._view.live_nodes(now, max_age_s, listing=listing)
 
     async def all_nodes(self) -> list[KnownNode]:
-        """Every node that ever registered, dead ones included."""
+        """Every node that is not forgotten, dead ones included."""
         return self._view.nodes()
 
     async def node(self, wallet: str) -> KnownNode | None:

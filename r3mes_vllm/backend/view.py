@@ -4,7 +4,7 @@ Rows come from this backend's own writes and, by `Follower`, from everybody's.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ class View:
         """All that was written up to this one is here."""
         self.outages = Outages()
         self._nodes: dict[str, KnownNode] = {}
+        self._deleted: Mapping[str, int] = {}
+        """Wallets that were forgotten last, and at which revision."""
         self._listing: dict[str, dict[str, None]] = {}
         """For the name of an adapter the wallets of the nodes that list it."""
         self._loras: dict[str, KnownLora] = {}
@@ -30,7 +32,7 @@ class View:
         self._node_texts: dict[str, tuple[int, bytes]] = {}
 
     def replace(self, nodes: Iterable[KnownNode], loras: Iterable[KnownLora]) -> None:
-        self._nodes, self._listing = {}, {}
+        self._nodes, self._listing, self._deleted = {}, {}, {}
         for node in nodes:
             self.put_node(node)
         self._loras = {lora.name: lora for lora in loras}
@@ -41,6 +43,8 @@ class View:
     def put_node(self, node: KnownNode) -> None:
         """Take `node` in, unless a later form of it is here."""
         wallet = node.wallet_address
+        if node.revision < self._deleted.get(wallet, 0):
+            return
         before = self._nodes.get(wallet)
         self._nodes = _with(self._nodes, wallet, node)
         if self._nodes[wallet] is node:
@@ -54,12 +58,16 @@ class View:
     def _note_names(self, before: KnownNode | None, node: KnownNode) -> None:
         if before and before.available_lora_list == node.available_lora_list:
             return  # as with most beats
-        for name in before.names - node.names if before else ():
-            del self._listing[name][node.wallet_address]
-            if not self._listing[name]:
-                del self._listing[name]
+        if before:
+            self._unlist(node.wallet_address, before.names - node.names)
         for name in node.names:
             self._listing.setdefault(name, {})[node.wallet_address] = None
+
+    def _unlist(self, wallet: str, names: Iterable[str]) -> None:
+        for name in names:
+            del self._listing[name][wallet]
+            if not self._listing[name]:
+                del self._listing[name]
 
     def live_nodes(
         self, now: datetime, max_age_s: float, *, listing: str | None = None
@@ -72,6 +80,26 @@ class View:
         else:
             nodes = (self._nodes[wallet] for wallet in self._listing.get(listing, ()))
         return [it for it in nodes if it.status == wire.ACTIVE and it.last_heartbeat > oldest]
+
+    def silent(self, oldest: datetime, oldest_unproven: datetime) -> list[KnownNode]:
+        """The nodes whose last beat is older than that, by whether they have proved their URL."""
+        return [
+            it
+            for it in self._nodes.values()
+            if it.last_heartbeat <= (oldest if it.signature == wire.SIGNED else oldest_unproven)
+        ]
+
+    def forget(self, nodes: Iterable[KnownNode], deleted: Mapping[str, int]) -> None:
+        """Unless a later form of one is here. `deleted` has the revisions at which wallets were,
+        for rows of them that are being read."""
+        self._deleted = deleted
+        for node in nodes:
+            wallet = node.wallet_address
+            here = self._nodes.get(wallet)
+            if here and here.revision <= node.revision:
+                del self._nodes[wallet]
+                self._node_texts.pop(wallet, None)
+                self._unlist(wallet, here.names)
 
     def nodes(self) -> list[KnownNode]:
         return list(self._nodes.values())

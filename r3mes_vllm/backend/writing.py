@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Table, and_, text, true, update
+from sqlalchemy import Table, and_, delete, text, true, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -47,6 +47,10 @@ class Change:
         values = values | {"revision": self.revision}
         return await self.all(update(table).where(where).values(values).returning(table))
 
+    async def delete(self, table: Table, where: Any) -> Sequence[Any]:
+        """The rows that met `where`."""
+        return await self.all(delete(table).where(where).returning(table))
+
     async def upsert(
         self,
         table: Table,
@@ -55,8 +59,8 @@ class Change:
         now: datetime,
         where: Any = None,
     ) -> tuple[Any, bool]:
-        """Insert, else update by `key`; the row, and whether it is new. Rows are never deleted, so
-        there is none only where it does not meet `where`."""
+        """Insert, else update by `key`; the row, and whether it is new. Changes come one
+        after the other, so there is none only where it does not meet `where`."""
         inserted = await self.first(
             self.insert(table)
             .values(values | {"created_at": now, "revision": self.revision})
