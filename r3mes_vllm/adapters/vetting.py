@@ -81,6 +81,8 @@ _REFUSED_FEATURES = (
     "use_qalora",
     "megatron_config",
     "target_parameters",
+    "kasa_config",
+    "arrow_config",
 )
 
 _HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}

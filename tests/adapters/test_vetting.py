@@ -64,6 +64,8 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("features_are_served", {"use_rslora": "yes"}),
     ("features_are_served", {"lora_bias": True}),
     ("features_are_served", {"alora_invocation_tokens": [1]}),
+    ("features_are_served", {"kasa_config": {"beta": 1e-4}}),
+    ("features_are_served", {"arrow_config": {"top_k": 3}}),
     ("kind_is_lora", {"peft_type": {"LORA": 1}}),
     ("rank_is_sane", {"rank_pattern": {"q_proj": "8"}}),
     ("names_are_literal", {"target_modules": [{"q_proj": 1}]}),
