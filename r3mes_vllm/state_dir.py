@@ -6,16 +6,18 @@ be broken off by a power cut at any point, and is then made again from its begin
 
 import errno
 import fcntl
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from r3mes_vllm.errors import ConfigError, StateInUse
 
 _VERSION = "version"
 _LOCK = "node.lock"
+_PLACE = "node.json"
 _HINT = "set R3MES_STATE_DIR to a writable folder"
 
 Step = Callable[[Path], None]
@@ -42,7 +44,7 @@ def prepare(folder: Path, steps: Sequence[Step] = STEPS) -> None:
         found = refuse_newer(folder, steps)
         for number, step in enumerate(steps[found:], found + 1):
             step(folder)
-            _write(folder, number)
+            _write(folder, _VERSION, str(number))
             os.fsync(held)
     except OSError as error:
         raise _unusable(folder, error) from error
@@ -90,6 +92,21 @@ def used_by_a_node(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
+def note_place(folder: Path, place: Mapping[str, object]) -> None:
+    """Where the node of this folder listens: the settings that say so."""
+    with suppress(OSError):  # on a full disk `status` has to be told
+        _write(folder, _PLACE, json.dumps(place))
+
+
+def noted_place(folder: Path) -> dict[str, object]:
+    """What the last node of this folder noted; empty if there is nothing that can be read."""
+    try:
+        found = json.loads((folder / _PLACE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _unusable(folder: Path, error: OSError) -> ConfigError:
     return ConfigError(f"can't use the state directory {folder}: {error.strerror}", hint=_HINT)
 
@@ -109,12 +126,12 @@ def _found(folder: Path) -> int:
     return int(text)
 
 
-def _write(folder: Path, number: int) -> None:
-    for left in folder.glob(f".{_VERSION}.*"):  # by a start that was broken off
+def _write(folder: Path, name: str, text: str) -> None:
+    for left in folder.glob(f".{name}.*"):  # by a start that was broken off
         left.unlink()
-    fd, aside = tempfile.mkstemp(dir=folder, prefix=f".{_VERSION}.")
+    fd, aside = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
     with open(fd, "w") as file:
-        file.write(f"{number}\n")
+        file.write(f"{text}\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, folder / _VERSION)
+    os.replace(aside, folder / name)

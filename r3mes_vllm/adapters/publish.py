@@ -1,4 +1,4 @@
-"""From an author's folder to a pinned CID on an IPFS daemon."""
+"""From an author's folder to its CID, pinned on an IPFS daemon."""
 
 import asyncio
 import re
@@ -20,10 +20,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9._-]{1,96})?
 
 
 async def publish(
-    directory: Path, *, api: str, base: ModelShape | None = None
+    directory: Path, *, api: str | None, base: ModelShape | None = None
 ) -> tuple[CID, Adapter]:
-    """Vet the adapter in `directory`, add it to the daemon at `api` and pin it there; its CID, and
-    what vetting read.
+    """Vet the adapter in `directory`, add it to the daemon at `api`, if one is given, and pin it
+    there; its CID, and what vetting read.
 
     Raises AdapterRefused for what no node would serve, and AdapterError when the daemon fails.
     """
@@ -37,18 +37,25 @@ async def publish(
     with tempfile.TemporaryDirectory() as name:
         packed = Path(name) / "adapter.car"
         cid = await asyncio.to_thread(pack, directory, packed)
-        # The daemon answers when it has taken all: until then no byte comes.
-        async with exchange(Limits(stall_s=_TOTAL_S, total_s=_TOTAL_S)) as connections:
-            daemon = KuboSource(api)
-            try:
-                await daemon.import_car(packed, connections)
-                await daemon.pin(cid, connections)
-            except SourceFailed as error:
-                raise AdapterError(
-                    f"the IPFS daemon did not take {cid}: {error}",
-                    hint="is it running? ipfs daemon; --ipfs-api names another",
-                ) from error
+        if api is not None:
+            await _pinned(cid, packed, api)
     return cid, facts
+
+
+async def _pinned(cid: CID, packed: Path, api: str) -> None:
+    """Raises AdapterError."""
+    # The daemon answers when it has taken all: until then no byte comes.
+    async with exchange(Limits(stall_s=_TOTAL_S, total_s=_TOTAL_S)) as connections:
+        daemon = KuboSource(api)
+        try:
+            await daemon.import_car(packed, connections)
+            await daemon.pin(cid, connections)
+        except SourceFailed as error:
+            raise AdapterError(
+                f"the IPFS daemon did not take {cid}: {error}",
+                hint="is it running? ipfs daemon; --ipfs-api names another, and --no-daemon does "
+                "without",
+            ) from error
 
 
 def read_system_prompt(given: str) -> str:

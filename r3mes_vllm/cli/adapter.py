@@ -118,6 +118,9 @@ def publish(
     admin_key_file: Annotated[
         Path | None, typer.Option(help="Holds the backend's admin key, where a name needs it.")
     ] = None,
+    no_daemon: Annotated[
+        bool, typer.Option("--no-daemon", help="Register only: others keep the CAR file of `pack`.")
+    ] = False,
     model: Model = None,
     backend_url: BackendUrl = None,
     ipfs_api: Api = None,
@@ -145,9 +148,10 @@ def publish(
         refuse_plain_http(given.backend)
     state_dir.prepare(given.state_dir)
     signer = Signer(Identity.load(given.state_dir))
+    daemon = None if no_daemon else given.ipfs_api_url
 
     async def run() -> str:
-        cid, facts = await publish_adapter(directory, api=given.ipfs_api_url, base=base)
+        cid, facts = await publish_adapter(directory, api=daemon, base=base)
         lora = RegisterLora(
             name=name,
             ipfs_hash=str(cid),
@@ -166,8 +170,9 @@ def publish(
     cid = asyncio.run(run())
     tell(
         as_json,
-        {"cid": cid, "name": name, "daemon": given.ipfs_api_url, "backend": given.backend},
-        f"{cid} is pinned on {given.ipfs_api_url} and registered as {name} with {given.backend}",
+        {"cid": cid, "name": name, "daemon": daemon, "backend": given.backend},
+        f"{cid} is {f'pinned on {daemon} and ' if daemon else ''}registered as {name} with "
+        f"{given.backend}",
     )
 
 

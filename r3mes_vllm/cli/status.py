@@ -14,7 +14,15 @@ from rich.text import Text
 from r3mes_vllm import settings
 from r3mes_vllm.adapters.files import printable
 from r3mes_vllm.cli.options import Config, Host, Port
-from r3mes_vllm.node.standing import Observer, Rates, Reading, rates, total, why_no_requests
+from r3mes_vllm.node.standing import (
+    Observer,
+    Rates,
+    Reading,
+    rates,
+    total,
+    why_no_requests,
+    with_noted_place,
+)
 from r3mes_vllm.settings import Settings
 
 _EVERY_S = 1.0
@@ -37,7 +45,10 @@ def status(
 
     Example: r3mes-vllm status --watch
     """
-    given = settings.load({"serving_node_host": host, "serving_node_port": port}, config)
+    asked = {"serving_node_host": host, "serving_node_port": port}
+    given, origins = settings.load_with_origins(asked, config)
+    if all(origins[it] == "default" for it in asked):
+        given = with_noted_place(given)
     if not asyncio.run(_show(given, watch=watch, as_json=as_json)):
         raise typer.Exit(1)
 

@@ -10,7 +10,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import ValidationError
 
+from r3mes_vllm import state_dir
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.identity import operator_key
 from r3mes_vllm.node.line import NETWORK_PORTS, is_loopback, trusted
@@ -18,6 +20,8 @@ from r3mes_vllm.settings import Settings
 from r3mes_vllm.wire import HEARTBEAT_TIMEOUT_S
 
 _TIMEOUT_S = 5.0
+_PLACE = {"serving_node_host", "serving_node_port", "ssl_certfile"}
+"""Settings: where a node listens."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,22 @@ class Reading:
     @property
     def ready(self) -> bool:
         return self.node is not None and self.node["reason"] is None
+
+
+def note_place(settings: Settings) -> None:
+    """For `with_noted_place`, of the node that these start."""
+    place = settings.model_dump(mode="json", include=_PLACE)
+    state_dir.note_place(settings.state_dir, place)
+
+
+def with_noted_place(settings: Settings) -> Settings:
+    """`settings` with the place at which the node of their state directory was started last."""
+    found = state_dir.noted_place(settings.state_dir)
+    try:
+        place = Settings.model_validate({it: found[it] for it in _PLACE})
+    except (KeyError, ValidationError):
+        return settings
+    return settings.model_copy(update={it: getattr(place, it) for it in _PLACE})
 
 
 class Observer:

@@ -17,6 +17,7 @@ from r3mes_vllm.node.doctor import checks_engine, checks_local
 from r3mes_vllm.node.early import Early
 from r3mes_vllm.node.guard import refuse_open_door
 from r3mes_vllm.node.line import refuse_plain_http, trusted
+from r3mes_vllm.node.standing import note_place
 from r3mes_vllm.settings import Settings, misspelt
 
 
@@ -41,6 +42,7 @@ def serve(settings: Settings, passed_on: Sequence[str], *, verbose: bool = False
     certificate = tls.context(settings)
     state_dir.prepare(settings.state_dir)
     with state_dir.used_by_a_node(settings.state_dir):
+        note_place(settings)
         early = Early(settings.serving_node_host, settings.serving_node_port, certificate)
         Early.current = early
         try:

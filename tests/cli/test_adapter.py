@@ -99,6 +99,22 @@ def test_publish_then_pull_by_name_and_by_cid(
     assert (by_path["cid"], by_path["fetched"]) == (cid, False)
 
 
+def test_what_others_keep_is_registered_without_a_daemon(
+    adapter: Path, backend: Program, tmp_path: Path
+) -> None:
+    packed = told(adapter_command(tmp_path, "pack", str(adapter), "-o", "mine.car", "--json"))
+    publish = ("publish", str(adapter), "--name", "kept-elsewhere")
+    refused = adapter_command(tmp_path, *publish, R3MES_BACKEND_URL=backend.url)
+    assert (refused.returncode, "--no-daemon" in refused.stderr) == (1, True)
+    found = adapter_command(
+        tmp_path, *publish, "--no-daemon", "--json", R3MES_BACKEND_URL=backend.url
+    )
+    assert found.returncode == 0, found.stderr
+    assert (told(found)["cid"], told(found)["daemon"]) == (packed["cid"], None)
+    listed = httpx.get(f"{backend.url}/api/lora/list").json()
+    assert ("kept-elsewhere", packed["cid"]) in {(it["name"], it["ipfs_hash"]) for it in listed}
+
+
 def test_a_name_is_published_again_with_its_key_only(
     adapter: Path, js_ipfs: JsIpfs, backend: Program, tmp_path: Path
 ) -> None:

@@ -18,7 +18,13 @@ from r3mes_vllm.identity import operator_key
 from r3mes_vllm.node.guard import Access, Doors
 from r3mes_vllm.node.journal import COMPLETE, REFUSED, Entry
 from r3mes_vllm.node.measures import FIRST_TOKEN_S, Histogram, Measures
-from r3mes_vllm.node.standing import Reading, rates, why_no_requests
+from r3mes_vllm.node.standing import (
+    Reading,
+    note_place,
+    rates,
+    why_no_requests,
+    with_noted_place,
+)
 from r3mes_vllm.node.status import Standing
 from r3mes_vllm.settings import load
 from tests.conftest import Network
@@ -144,9 +150,8 @@ def test_the_operators_key_opens_what_the_admins_does_and_no_other(tmp_path: Pat
 
 
 def of(network: Network) -> tuple[list[str], dict[str, str]]:
-    """The command at that node, and its environment."""
-    port = network.node.url.rpartition(":")[2]
-    command = [sys.executable, "-m", "r3mes_vllm", "status", "--host", "127.0.0.1", "--port", port]
+    """The command where that node has its state, and its environment: nobody tells it the port."""
+    command = [sys.executable, "-m", "r3mes_vllm", "status"]
     return command, os.environ | {"R3MES_STATE_DIR": str(network.folder / "state")}
 
 
@@ -184,6 +189,43 @@ def test_it_shows_what_a_node_did(network: Network) -> None:
     page = asked(network).stdout
     for said in ("ready, up", "last heartbeat", "legal", "resident", "last refusals:", "All is"):
         assert said in page
+
+
+def test_a_node_is_found_where_it_was_started_last(tmp_path: Path) -> None:
+    given = load({"state_dir": tmp_path})
+    assert with_noted_place(given) == given
+    for port in (8080, 8443):
+        certificate = tmp_path / "fullchain.pem" if port == 8443 else None
+        note_place(
+            load({"state_dir": tmp_path, "serving_node_port": port, "ssl_certfile": certificate})
+        )
+    found = with_noted_place(given)
+    assert found.local_url == "https://127.0.0.1:8443"
+    assert found.ssl_certfile == tmp_path / "fullchain.pem"
+    assert found.state_dir == tmp_path
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"serving_node_host": 1, "serving_node_port": "x"}', "\xff"]
+)
+def test_a_place_that_is_none_is_not_used(tmp_path: Path, text: str) -> None:
+    (tmp_path / "node.json").write_bytes(text.encode("latin-1"))
+    given = load({"state_dir": tmp_path})
+    assert with_noted_place(given) == given
+
+
+@pytest.mark.parametrize("told", [["--port", "8099"], ["--host", "127.0.0.2"]])
+def test_a_place_that_is_told_is_asked(tmp_path: Path, told: list[str]) -> None:
+    note_place(load({"state_dir": tmp_path, "serving_node_port": free_port()}))
+    environment = os.environ | {"R3MES_STATE_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-m", "r3mes_vllm", "status", *told],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert told[1] in found.stdout
 
 
 def test_without_a_node_it_says_so(tmp_path: Path) -> None:
