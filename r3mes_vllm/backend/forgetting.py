@@ -42,6 +42,8 @@ async def forgetting(
                     log.warning("%d nodes that were silent for long are forgotten", count)
             except DatabaseDown as error:
                 log.warning("no node is forgotten now: %r", error)
+            except Exception:
+                log.exception("no node is forgotten now")
 
     task = asyncio.create_task(again_and_again(), name="forgetting")
     try:

@@ -28,6 +28,8 @@ from r3mes_vllm.errors import DatabaseUnreachable, R3mesError
 from r3mes_vllm.signatures import Claim
 
 _NODES: Any = NodeRow.__table__
+_AT_ONCE = 200
+"""Nodes in a transaction: others wait for its end."""
 
 
 def now_utc() -> datetime:
@@ -206,11 +208,15 @@ class Registry:
         """Delete the nodes whose last beat is older than that, by whether they have proved their
         URL. Each backend of a database does so for its own memory. Returns how many were there."""
         found = self._view.silent(oldest, oldest_unproven)
-        if found:
-            forgettable = claims.is_forgettable(oldest, oldest_unproven)
+        forgettable = claims.is_forgettable(oldest, oldest_unproven)
+        wallet, gone = _NODES.c.wallet_address, dict[str, int]()
+        for start in range(0, len(found), _AT_ONCE):
+            some = found[start : start + _AT_ONCE]
+            these = and_(wallet.in_([it.wallet_address for it in some]), forgettable)
             async with self._changing() as change:
-                deleted = await change.delete(_NODES, forgettable)
-            self._view.forget(found, {row["wallet_address"]: change.revision for row in deleted})
+                deleted = await change.delete(wallet, these)
+            gone |= dict.fromkeys(deleted, change.revision)
+            self._view.forget(some, gone)
         return len(found)
 
     async def note_proof(self, node: KnownNode, failure: str | None, now: datetime) -> None:

@@ -47,9 +47,10 @@ class Change:
         values = values | {"revision": self.revision}
         return await self.all(update(table).where(where).values(values).returning(table))
 
-    async def delete(self, table: Table, where: Any) -> Sequence[Any]:
-        """The rows that met `where`."""
-        return await self.all(delete(table).where(where).returning(table))
+    async def delete(self, told: Any, where: Any) -> Sequence[Any]:
+        """What the rows that met `where` had in the column `told`."""
+        query = delete(told.table).where(where).returning(told)
+        return (await self.connection.execute(query)).scalars().all()
 
     async def upsert(
         self,

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 
+from r3mes_vllm.backend import registry as registries
 from r3mes_vllm.backend.forgetting import UNPROVEN_AFTER, forget, forgetting
 from r3mes_vllm.backend.refusals import DatabaseDown
 from r3mes_vllm.backend.registry import Registry
@@ -73,6 +74,17 @@ async def test_the_database_forgets_too(start_backend: StartBackend) -> None:
     assert await known(await start_backend()) == set()
 
 
+async def test_many_are_forgotten_a_few_at_a_time(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registries, "_AT_ONCE", 2)
+    for number in range(5):
+        await network.register("http://127.0.0.1:9", "legal", number=number)
+    network.clock.forward(LATER_S)
+    assert await forgotten(network) == 5
+    assert await known(network) == set()
+
+
 async def test_who_comes_back_registers_again(network: Network) -> None:
     await network.register("http://127.0.0.1:9", "legal")
     network.clock.forward(LATER_S)
@@ -127,7 +139,7 @@ async def test_it_goes_on_when_the_database_was_away(
     async def sometimes(self: Registry, *given: object) -> int:
         if len(failed) < 2:
             failed.append(1)
-            raise DatabaseDown("away")
+            raise DatabaseDown("away") if len(failed) == 1 else ValueError("a defect")
         return await forget_nodes(self, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Registry, "forget_nodes", sometimes)
