@@ -14,7 +14,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 OURS = {"r3mes-vllm"}
 OUTSIDE = {
     *("apt-get", "docker", "git", "helm", "ipfs", "journalctl", "kubectl", "nvidia-smi", "sudo"),
-    *("systemctl", "systemd-analyze"),
+    *("nohup", "sqlite3", "systemctl", "systemd-analyze"),
 }
 """Of other machines than a test's: these want a GPU, root, a cluster, another repository."""
 CHECKED = {"make", "python"}

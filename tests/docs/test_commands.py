@@ -17,7 +17,20 @@ from tests.embedded import Embedded
 from tests.peers import installed
 from tests.peers.js_ipfs import JsIpfs
 
-KINDS = {"sh", "python", "js", "javascript", "toml", "yaml", "json", "ini", "data", "", "mermaid"}
+KINDS = {
+    "sh",
+    "python",
+    "js",
+    "javascript",
+    "toml",
+    "yaml",
+    "json",
+    "ini",
+    "data",
+    "",
+    "mermaid",
+    "nginx",
+}
 
 
 @pytest.fixture(scope="module")

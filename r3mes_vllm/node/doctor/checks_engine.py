@@ -29,6 +29,11 @@ _NUMA = "libnuma.so.1"
 _PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 _COMPILER = f"sudo apt-get install -y gcc libc6-dev {_PYTHON}-dev"
 
+_DRIVER = (
+    "install driver 580 or later: https://www.nvidia.com/drivers  # a container has its host's: "
+    "rent another"
+)
+
 
 async def model(settings: Settings) -> Finding:
     """Without the base model there is nothing to serve adapters on."""
@@ -110,12 +115,11 @@ def gpu(settings: Settings) -> Finding:
             return Finding("fail", said, "sudo apt-get install -y libnuma1")
         return Finding("ok", "the CPU build, and no GPU")
     if not gpus:
-        fix = "sudo apt-get install nvidia-driver  # and restart the machine"
-        return Finding("fail", "the CUDA build is installed, and no driver answers", fix)
+        return Finding("fail", "the CUDA build is installed, and no driver answers", _DRIVER)
     wanted, offered = _cuda_runtime(), gpus[0].cuda
     if wanted and offered and offered < wanted:
         said = f"driver {gpus[0].driver} is for CUDA {offered}, the build for {wanted}"
-        return Finding("fail", said, "sudo apt-get install --only-upgrade nvidia-driver")
+        return Finding("fail", said, _DRIVER)
     return Finding("ok", f"{', '.join(it.name for it in gpus)}, driver {gpus[0].driver}")
 
 
