@@ -96,6 +96,7 @@ class Reader:
             "HuggingFaceTB/SmolLM2-135M-Instruct": str(self.embedded.model),
             "/var/lib/": f"{self.folder}/",
             ".venv/bin/r3mes-vllm": "r3mes-vllm",
+            "ADMIN_KEY=$(openssl rand -hex 32)": f"ADMIN_KEY={'1' * 32}",
         }.items():
             text = text.replace(name, value)
         return re.sub(r'(?<=")CID(?=")|(?<==)CID\b', self.cid, text)
