@@ -6,6 +6,7 @@ when the row was last changed.
 
 import logging
 import os
+import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,14 @@ def open_engine(url: URL) -> AsyncEngine:
                 f"can't open the database {url.database}: no writable folder {folder}",
                 hint="make it, or pass another --database-url",
             )
+        if not url.query:
+            try:
+                sqlite3.connect(str(url.database)).close()
+            except sqlite3.Error as error:
+                raise ConfigError(
+                    f"can't open the database {url.database}: {error}",
+                    hint="is it a file, and yours? Or pass another --database-url",
+                ) from error
     try:
         # Nodes' access keys are among the parameters, which would come into logs and errors.
         engine = create_async_engine(

@@ -141,11 +141,15 @@ def test_an_address_that_is_not_this_machines_is_a_sentence() -> None:
         listen("no such host", 8000)
 
 
-def test_a_database_that_can_not_be_opened_is_a_sentence(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/missing/b.sqlite3"
+@pytest.mark.parametrize("where", ["{}/missing/b.sqlite3", "/proc/b.sqlite3", "{}"])
+def test_a_database_that_can_not_be_opened_is_a_sentence(
+    tmp_path: Path, where: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{where.format(tmp_path)}"
     with pytest.raises(ConfigError, match="can't open the database") as caught:
         run(load({"backend_port": unused_port(), "database_url": url}))
     assert "--database-url" in caught.value.hint
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
