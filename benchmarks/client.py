@@ -41,12 +41,17 @@ class Asked:
     seed: int = 0
 
 
+_IDLE_S = 2.0
+"""Of a connection. vLLM's server closes it after five: a request that comes then gets no answer."""
+
+
 def session() -> aiohttp.ClientSession:
     """With as many connections as it takes."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     limits = aiohttp.ClientTimeout(total=None, sock_read=600)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
+    return aiohttp.ClientSession(connector=connector, timeout=limits)
 
 
 async def ask(http: aiohttp.ClientSession, url: str, asked: Asked) -> Answer:
