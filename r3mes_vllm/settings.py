@@ -200,6 +200,10 @@ class Settings(BaseSettings):
     """Told to nodes of an earlier one."""
     forget_nodes_after: int = Field(30, ge=1)
     """Days of silence; those that never proved to live at their URL are forgotten after one."""
+    first_byte_timeout: float = Field(120.0, gt=0)
+    """Seconds that the nodes have in all to begin a stream."""
+    answer_timeout: float = Field(600.0, gt=0)
+    """Seconds that they have for an answer that is not streamed."""
     allow_private_nodes: bool = False
     require_signatures: bool = False
 

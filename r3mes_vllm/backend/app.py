@@ -53,7 +53,9 @@ def create_app(
 ) -> FastAPI:
     """The application for `settings`. The database is opened at its start-up and closed at its
     end. Raises ConfigError for settings that can't work."""
-    patience = timeouts or Timeouts()
+    patience = timeouts or Timeouts(
+        first_byte=settings.first_byte_timeout, answer=settings.answer_timeout
+    )
     metrics, balancer = Metrics(), Balancer(required_version=settings.required_node_version)
     if settings.fallback_url:
         root_of(settings.fallback_url)

@@ -41,9 +41,16 @@ class Timeouts:
 
     connect: float = 5.0
     first_byte: float = 120.0
-    """From the first dial to the first byte of an answer's body, whichever node gives it."""
+    """From the first dial to the first byte of a stream, whichever node gives it."""
     between_bytes: float = 60.0
     """Also how long a client may leave what it was sent unread."""
+    answer: float = 600.0
+    """As `first_byte`, of a whole answer: its first byte comes when it is made. openai-python
+    waits as long."""
+
+    def limit(self, *, streams: bool) -> float:
+        """From the first dial to the first byte of the body."""
+        return self.first_byte if streams else self.answer
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Outgoing:
     path: str
     headers: RawHeaders
     body: bytes
+    streams: bool = True
+    """It asks for a stream, not for a whole answer."""
     resumes: bool = False
     """It is to go on with what another node said: that it can't is no failure of its own."""
 
@@ -169,25 +178,26 @@ class Dialler:
         """
         failure: Exception | None = None
         full: _Full | None = None
-        try:
-            async with asyncio.timeout(self._timeouts.first_byte):
-                for position, node in enumerate(nodes):
-                    try:
-                        if (asked := outgoing(node)) is not None:
-                            last = position == len(nodes) - 1
-                            return await self._fly(node, asked, is_an_answer, last=last)
-                    except _Undialled as error:
-                        log.warning("node %s can't be dialled: %s", node.wallet_address, error)
-                        if not isinstance(error, _Unresolved):
-                            self._dial_failed(node)
-                        failure = failure or error
-                    except (NodeFailed, httpx.TransportError) as error:
-                        log.warning("node %s gave no answer: %s", node.wallet_address, told(error))
-                        failure = error
-                        full = error if isinstance(error, _Full) else full
-        except TimeoutError as error:
-            limit = self._timeouts.first_byte
-            raise NodeTimedOut(f"no node began to answer within {limit:g} s") from error
+        limit, begun = 0.0, asyncio.get_running_loop().time()
+        for position, node in enumerate(nodes):
+            if (asked := outgoing(node)) is None:
+                continue
+            limit = self._timeouts.limit(streams=asked.streams)
+            last = position == len(nodes) - 1
+            try:
+                async with asyncio.timeout_at(begun + limit):
+                    return await self._fly(node, asked, is_an_answer, last=last)
+            except TimeoutError as error:
+                raise NodeTimedOut(f"no node began to answer within {limit:g} s") from error
+            except _Undialled as error:
+                log.warning("node %s can't be dialled: %s", node.wallet_address, error)
+                if not isinstance(error, _Unresolved):
+                    self._dial_failed(node)
+                failure = failure or error
+            except (NodeFailed, httpx.TransportError) as error:
+                log.warning("node %s gave no answer: %s", node.wallet_address, told(error))
+                failure = error
+                full = error if isinstance(error, _Full) else full
         if full:
             after = max(1, math.ceil(full.seconds))
             raise Unavailable("no node has room", retry_after=after) from full

@@ -127,7 +127,7 @@ class Server:
 
     async def begin(self, asked: Asked) -> Substitute:
         """Raises NodeFailed if it gives no answer."""
-        limit = self._timeouts.first_byte
+        limit = self._timeouts.limit(streams=asked.streams)
         try:
             async with asyncio.timeout(limit):
                 return await self._begin(asked)

@@ -182,7 +182,7 @@ async def _relay(
     nodes, missing = await _found(find, asked.name)
     return Relay(
         nodes,
-        Outgoing(request.scope["path"], asked.headers, asked.body),
+        Outgoing(request.scope["path"], asked.headers, asked.body, streams=asked.streams),
         name=asked.name,
         missing=missing,
         others=sources(backend, asked),

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -212,6 +213,39 @@ async def test_a_node_that_never_begins_is_given_up(
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "node_timed_out"
     await asyncio.wait_for(node.left.wait(), PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/chat", ASK),
+        ("/v1/chat/completions", {"model": "legal", "messages": []}),
+        ("/v1/embeddings", {"model": "legal", "input": "hi"}),
+    ],
+)
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_a_whole_answer_has_a_limit_of_its_own(
+    start_backend: StartBackend,
+    start_node: StartNode,
+    path: str,
+    asked: dict[str, object],
+    is_whole: bool,
+) -> None:
+    """Its first byte comes when all of it is made."""
+
+    async def takes_long(request: Request) -> Response:
+        await asyncio.sleep(0.2)
+        return await says_hello(request)
+
+    short, long = ("first_byte_timeout", "answer_timeout")[:: 1 if is_whole else -1]
+    settings: dict[str, Any] = {short: 0.05, long: PATIENCE_S}
+    network = await start_backend(**settings)
+    await network.register(await start_node(StandIn(takes_long)), "legal")
+    whole = await network.http.post(path, json=asked | {"stream": False})
+    assert whole.status_code == (200 if is_whole else 504)
+    if path != "/v1/embeddings":
+        stream = await network.http.post(path, json=asked | {"stream": True})
+        assert stream.status_code == (504 if is_whole else 200)
 
 
 async def test_a_client_that_does_not_read_is_given_up(
