@@ -32,6 +32,9 @@ _REFUSAL_BYTES, _REFUSAL_S = 64 << 10, 5.0
 _KEEPALIVE_S = 2.0
 _URLS = 4096
 """Parsed and kept."""
+_SHARE = 0.2
+"""Of a stream's limit: 24 s. A node of ours waits 20 s for an adapter before it says that it is not
+there, and clients of the existing network wait 30 s for the first byte."""
 _QUOTE = re.compile(r"[:'\"].*", re.DOTALL)
 
 
@@ -51,6 +54,15 @@ class Timeouts:
     def limit(self, *, streams: bool) -> float:
         """From the first dial to the first byte of the body."""
         return self.first_byte if streams else self.answer
+
+    def share(self, *, streams: bool) -> float:
+        """Of that, what a node has while there are others to ask. Who makes a whole answer is as
+        silent as who hangs: to ask another would throw much work away."""
+        return self.first_byte * _SHARE if streams else self.answer
+
+    def silence(self, *, streams: bool) -> float:
+        """After which a node has failed, also if it is the client that waits no longer."""
+        return self.first_byte * _SHARE if streams else self.answer / 2
 
 
 @dataclass(frozen=True)
@@ -173,22 +185,23 @@ class Dialler:
         of each. Without a judge of answers, all that the last one says is one.
 
         Raises Unavailable if none can be dialled or one was full, NodeFailed if the last one tried
-        broke before its first byte, NodeTimedOut, and NoSocket at once. The caller closes the
-        Beginning.
+        broke before its first byte, NodeTimedOut if it did not come to that, and NoSocket at once.
+        The caller closes the Beginning.
         """
         failure: Exception | None = None
         full: _Full | None = None
-        limit, begun = 0.0, asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time
+        limit, began = 0.0, now()
         for position, node in enumerate(nodes):
             if (asked := outgoing(node)) is None:
                 continue
             limit = self._timeouts.limit(streams=asked.streams)
-            last = position == len(nodes) - 1
+            if (seconds := began + limit - now()) <= 0:
+                break
+            if not (last := position == len(nodes) - 1):
+                seconds = min(seconds, self._timeouts.share(streams=asked.streams))
             try:
-                async with asyncio.timeout_at(begun + limit):
-                    return await self._fly(node, asked, is_an_answer, last=last)
-            except TimeoutError as error:
-                raise NodeTimedOut(f"no node began to answer within {limit:g} s") from error
+                return await self._fly(node, asked, is_an_answer, seconds=seconds, last=last)
             except _Undialled as error:
                 log.warning("node %s can't be dialled: %s", node.wallet_address, error)
                 if not isinstance(error, _Unresolved):
@@ -201,6 +214,8 @@ class Dialler:
         if full:
             after = max(1, math.ceil(full.seconds))
             raise Unavailable("no node has room", retry_after=after) from full
+        if isinstance(failure, NodeTimedOut):
+            raise NodeTimedOut(f"no node began to answer within {limit:g} s") from failure
         if isinstance(failure, NodeFailed | httpx.TransportError):
             raise NodeFailed("the node broke off before it answered") from failure
         raise Unavailable("no node could be reached", hint="try again shortly") from failure
@@ -226,16 +241,29 @@ class Dialler:
             raise NodeFailed("no answer") from error
 
     async def _fly(
-        self, node: KnownNode, outgoing: Outgoing, is_an_answer: Judge | None, *, last: bool
+        self,
+        node: KnownNode,
+        outgoing: Outgoing,
+        is_an_answer: Judge | None,
+        *,
+        seconds: float,
+        last: bool,
     ) -> Beginning:
-        """As `_ask`, told to the balancer."""
+        """As `_ask`, told to the balancer. Raises NodeTimedOut after `seconds`."""
+        now, silence_s = asyncio.get_running_loop().time, self._timeouts.silence
+        began = now()
         with ExitStack() as until_failed:
             flight = until_failed.enter_context(self._flight(node))
             try:
-                found = await self._ask(node, outgoing, flight, is_an_answer, last=last)
-            except httpx.TransportError:
-                if not outgoing.resumes:
+                async with asyncio.timeout(seconds):
+                    found = await self._ask(node, outgoing, flight, is_an_answer, last=last)
+            except (httpx.TransportError, TimeoutError, asyncio.CancelledError) as error:
+                is_silent = now() - began >= silence_s(streams=outgoing.streams)
+                broke = isinstance(error, httpx.TransportError) or is_silent
+                if broke and not outgoing.resumes:
                     flight.broke()
+                if isinstance(error, TimeoutError):
+                    raise NodeTimedOut(f"it did not begin within {seconds:.3g} s") from error
                 raise
             until_failed.pop_all()
             return found

@@ -72,8 +72,8 @@ async def begun_at_first(
 
     async def first(request: Request) -> Response:
         for number, (other, more) in enumerate(others, 2):
-            url = await start_node(StandIn(other))
-            await network.register(url, "legal", number=number, **more)
+            node = other if isinstance(other, StandIn) else StandIn(other)
+            await network.register(await start_node(node), "legal", number=number, **more)
         response: Response = await behaviour(request)
         return response
 
@@ -264,15 +264,36 @@ async def test_a_silent_node_has_failed(start_backend: StartBackend, start_node:
     assert (answer.body.decode(), answer.complete) == (TEXT, True)
 
 
+async def test_one_that_does_not_begin_to_go_on_leaves_time_for_the_next(
+    start_backend: StartBackend, start_node: StartNode
+) -> None:
+    async def hangs(request: Request) -> Response:
+        return Falls()
+
+    network = await start_backend(timeouts=Timeouts(first_byte=2.5))
+    for _ in range(20):
+        hanging = StandIn(hangs)
+        nodes: list[Node] = [(Framing(dies_after=3), OURS), (hanging, OURS), (Framing(), OURS)]
+        answer = await begun_at_first(network, start_node, nodes, CHAT)
+        assert (answer.body.decode(), answer.complete) == (TEXT, True)
+        if hanging.seen:  # which of the two is asked first is the balancer's choice
+            return
+        for number in (1, 2, 3):
+            gone = {"wallet_address": wallet(number)}
+            await network.http.post("/api/serving-node/deregister", json=gone)
+    raise AssertionError("the second node was never asked first")
+
+
 class Falls(Response):
     """Silent after what `inner` sends, for as long as anyone waits."""
 
-    def __init__(self, inner: Response) -> None:
+    def __init__(self, inner: Response | None = None) -> None:
         super().__init__()
         self._inner = inner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._inner(scope, receive, send)
+        if self._inner:
+            await self._inner(scope, receive, send)
         while (await receive())["type"] != "http.disconnect":
             pass
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from r3mes_vllm.backend.balancer import State
 from r3mes_vllm.backend.dial import Timeouts
 from r3mes_vllm.carry import FRAMES, HEADER, Frame, Step
 from tests.backend.conftest import StartBackend, StartNode
@@ -213,6 +214,104 @@ async def test_a_node_that_never_begins_is_given_up(
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "node_timed_out"
     await asyncio.wait_for(node.left.wait(), PATIENCE_S)
+
+
+async def ejected_s(network: Network, number: int = 1) -> float | None:
+    """For how long that node is asked last."""
+    return (await state_of(network, number)).ejected_s
+
+
+async def state_of(network: Network, number: int = 1) -> State:
+    assert network.app
+    backend = network.app.state.backend
+    [node] = [it for it in await backend.live_nodes() if it.wallet_address == wallet(number)]
+    state: State = backend.balancer.state(node)
+    return state
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["nothing", "headers"])
+async def test_a_node_that_never_begins_is_passed_over_and_then_left_alone(
+    start_backend: StartBackend, start_node: StartNode, begun: bool
+) -> None:
+    """That takes no dial for it, and its beats go on."""
+    left = 0
+
+    async def hangs(request: Request) -> Response:
+        return Hangs()
+
+    class Hangs(Response):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal left
+            if begun:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left += 1
+
+    hanging = StandIn(hangs)
+    network = await start_backend(timeouts=Timeouts(first_byte=1))
+    await network.register(await start_node(hanging), "legal")
+    await network.register(await start_node(StandIn()), "legal", number=2)
+    for number in range(200):
+        answer = await network.http.post("/chat", json=ASK | {"message": f"question {number}"})
+        assert (answer.status_code, answer.text) == (200, "hello")
+        if await ejected_s(network):
+            break
+    assert len(hanging.seen) == 3
+    async with asyncio.timeout(PATIENCE_S):  # nothing goes on there that nobody waits for
+        while left < 3:
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("soon", [True, False])
+async def test_a_client_that_leaves_tells_of_the_node_only_after_a_long_silence(
+    start_backend: StartBackend, start_node: StartNode, streams: bool, soon: bool
+) -> None:
+    limit = 100 if soon else 0.5
+    network = await start_backend(timeouts=Timeouts(first_byte=limit, answer=limit))
+    node = StepByStep()
+    await network.register(await start_node(node), "legal")
+
+    async def ask_and_leave() -> None:
+        with contextlib.suppress(httpx.ReadTimeout):
+            patience = 0.1 if soon else 0.3
+            await network.http.post("/chat", json=ASK | {"stream": streams}, timeout=patience)
+
+    await asyncio.gather(*(ask_and_leave() for _ in range(3)))
+    await asyncio.wait_for(node.left.wait(), PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
+        while (await state_of(network)).in_flight:
+            await asyncio.sleep(0.001)
+    assert (await ejected_s(network) is None) == soon
+
+
+async def test_a_whole_answer_that_takes_long_is_asked_for_once(
+    start_backend: StartBackend, start_node: StartNode
+) -> None:
+    async def takes_long(request: Request) -> Response:
+        await asyncio.sleep(0.2)
+        return await says_hello(request)
+
+    network = await start_backend(timeouts=Timeouts(first_byte=0.05))
+    nodes = [StandIn(takes_long), StandIn(takes_long)]
+    for number, node in enumerate(nodes):
+        await network.register(await start_node(node), "legal", number=number)
+    answer = await network.http.post("/chat", json=ASK | {"stream": False})
+    assert answer.text == "hello"
+    assert sum(len(node.seen) for node in nodes) == 1
+
+
+async def test_a_whole_answer_that_does_not_come_is_the_nodes_failure(
+    start_backend: StartBackend, start_node: StartNode
+) -> None:
+    network = await start_backend(timeouts=Timeouts(answer=0.05))
+    await network.register(await start_node(StepByStep()), "legal")
+    for _ in range(3):
+        assert await ejected_s(network) is None
+        answer = await network.http.post("/chat", json=ASK | {"stream": False})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "node_timed_out")
+    assert await ejected_s(network)
 
 
 @pytest.mark.parametrize(
