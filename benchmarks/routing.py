@@ -70,7 +70,7 @@ class Policy(Protocol):
         self, nodes: Sequence[KnownNode], *, conversation: str | None = None
     ) -> list[KnownNode]: ...
 
-    def flight(self, node: KnownNode) -> Flight: ...
+    def flight(self, node: KnownNode, conversation: str | None = None) -> Flight: ...
 
 
 class _Counting(Balancer):
@@ -231,7 +231,7 @@ class Simulation:
 
     def sends(self, job: Job) -> None:
         known = job.order.pop(0)
-        job.flight = job.stack.enter_context(job.router.flight(known))
+        job.flight = job.stack.enter_context(job.router.flight(known, job.conversation))
         if self.fails(known):
             self.at(self.now + BREAKS_S, lambda: self.breaks(job))
             return

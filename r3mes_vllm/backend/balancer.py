@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from r3mes_vllm.backend.cids import canonical
 from r3mes_vllm.backend.conversations import Conversations
@@ -69,9 +70,13 @@ class Balancer:
         load.undialled = node.last_heartbeat
         load.standing.failed(now, now)
 
-    def flight(self, node: KnownNode) -> Flight:
-        """To be entered when a request is sent to `node`, and left when that is over."""
-        return Flight(self._load(node), self._kinds, self._clock)
+    def flight(self, node: KnownNode, conversation: str | None = None) -> Flight:
+        """To be entered when a request is sent to `node`, and left when that is over. It is the
+        `conversation`'s own node once it has begun to answer."""
+        note = None
+        if conversation:
+            note = partial(self._conversations.note, conversation, node.wallet_address)
+        return Flight(self._load(node), self._kinds, self._clock, note)
 
     def routable(self, nodes: Sequence[KnownNode]) -> list[KnownNode]:
         """`nodes` without those whose dial failed after their last beat, those that have not
@@ -127,15 +132,12 @@ class Balancer:
             else:
                 ready.append((node, load))
         own = self._conversations.wallet(conversation) if conversation else None
-        found = [
+        return [
             *self._ranked(ready, now, own),
             *self._ranked(late, now),
             *self._ranked(full, now),
             *out.values(),
         ]
-        if conversation and found:
-            self._conversations.note(conversation, found[0].wallet_address)
-        return found
 
     def state(self, node: KnownNode) -> State:
         now = self._clock()

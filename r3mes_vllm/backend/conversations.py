@@ -22,7 +22,7 @@ def conversation(model: str, body: Mapping[str, object]) -> str | None:
 
 
 class Conversations:
-    """The node that answered each last; the oldest are forgotten."""
+    """The node that began the last answer of each; the oldest are forgotten."""
 
     def __init__(self) -> None:
         self._wallets = OrderedDict[str, str]()

@@ -74,6 +74,8 @@ class Outgoing:
     body: bytes
     streams: bool = True
     """It asks for a stream, not for a whole answer."""
+    conversation: str | None = None
+    """See `conversations`."""
     resumes: bool = False
     """It is to go on with what another node said: that it can't is no failure of its own."""
 
@@ -159,7 +161,7 @@ class Dialler:
         resolve: Resolve,
         strangers: Resolve,
         dial_failed: Callable[[KnownNode], None],
-        flight: Callable[[KnownNode], Flight],
+        flight: Callable[[KnownNode, str | None], Flight],
     ) -> None:
         self._timeouts = timeouts
         self._allow_private = allow_private
@@ -253,7 +255,7 @@ class Dialler:
         now, silence_s = asyncio.get_running_loop().time, self._timeouts.silence
         began = now()
         with ExitStack() as until_failed:
-            flight = until_failed.enter_context(self._flight(node))
+            flight = until_failed.enter_context(self._flight(node, outgoing.conversation))
             try:
                 async with asyncio.timeout(seconds):
                     found = await self._ask(node, outgoing, flight, is_an_answer, last=last)

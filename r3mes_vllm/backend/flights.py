@@ -56,12 +56,18 @@ class Flight:
     counts for nothing: the client left, or this backend is at fault."""
 
     __slots__ = (
-        "_began", "_clock", "_held_s", "_kind", "_kinds", "_left", "_load", "_over", "_size",
-        "_started", "_turns",
+        "_began", "_clock", "_held_s", "_kind", "_kinds", "_left", "_load", "_on_began", "_over",
+        "_size", "_started", "_turns",
     )  # fmt: skip
 
-    def __init__(self, load: Load, kinds: Kinds, clock: Callable[[], float]) -> None:
-        self._load, self._kinds, self._clock = load, kinds, clock
+    def __init__(
+        self,
+        load: Load,
+        kinds: Kinds,
+        clock: Callable[[], float],
+        on_began: Callable[[], None] | None = None,
+    ) -> None:
+        self._load, self._kinds, self._clock, self._on_began = load, kinds, clock, on_began
         self._size, self._held_s = 0, 0.0
         self._began = self._over = self._left = False
         self._kind = ""
@@ -89,6 +95,8 @@ class Flight:
         if not self._began:
             self._began, self._kind = True, kind
             self._load.begin_stream(self._clock())
+            if self._on_began:
+                self._on_began()
 
     def passed(self, size: int, held_s: float = 0.0) -> None:
         """`size` bytes came; the client did not take them for `held_s` seconds."""

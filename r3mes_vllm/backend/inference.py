@@ -54,7 +54,7 @@ async def chat(request: Request) -> Relay:
             return await any_nodes(backend, conversation=word)
         return await holders(backend, named, conversation=word)
 
-    return await _relay(request, backend, find, asked)
+    return await _relay(request, backend, find, asked, word)
 
 
 async def _asked_chat(request: Request, backend: Backend) -> tuple[Asked, str | None]:
@@ -95,7 +95,7 @@ async def openai(request: Request) -> Relay:
     async def find(named: str | None) -> list[KnownNode]:
         return await model_nodes(backend, named or asked.name or "", conversation=word)
 
-    return await _relay(request, backend, find, asked)
+    return await _relay(request, backend, find, asked, word)
 
 
 async def _asked_openai(request: Request, backend: Backend) -> tuple[Asked, str | None]:
@@ -165,9 +165,10 @@ async def _relay(
     backend: Backend,
     find: Find,
     asked: Asked,
+    word: str | None,
 ) -> Relay:
     """`find` gives the nodes to try for a name: the one that was `asked`, and for the rest of an
-    answer the very version that began it."""
+    answer the very version that began it. `word` is for its conversation."""
 
     async def rest(course: Course) -> list[KnownNode]:
         if course.adapter and course.cid:
@@ -180,9 +181,10 @@ async def _relay(
 
     request.scope[ASKED] = asked.name
     nodes, missing = await _found(find, asked.name)
+    path, headers, body = asked.path, asked.headers, asked.body
     return Relay(
         nodes,
-        Outgoing(request.scope["path"], asked.headers, asked.body, streams=asked.streams),
+        Outgoing(path, headers, body, streams=asked.streams, conversation=word),
         name=asked.name,
         missing=missing,
         others=sources(backend, asked),

@@ -429,11 +429,19 @@ def test_only_holders_of_the_version_are_asked_and_silent_ones_last(
     assert "proved" in (balancer.state(unproven).reason or "")
 
 
+def home_of(balancer: Balancer, among: list[KnownNode], conversation: str) -> KnownNode:
+    """The node that begins to answer it."""
+    home = balancer.order(among, conversation=conversation)[0]
+    with balancer.flight(home, conversation) as flight:
+        flight.began()
+    return home
+
+
 def test_a_conversation_stays_at_its_node(balancer: Balancer, clock: Monotonic) -> None:
     among = nodes(20, balancer, clock)
     homes = {}
     for i in range(50):
-        homes[f"{i}"] = balancer.order(among, conversation=f"{i}")[0]
+        homes[f"{i}"] = home_of(balancer, among, f"{i}")
     assert len({home.wallet_address for home in homes.values()}) > 10
     for name, home in homes.items():
         for _ in range(10):
@@ -444,7 +452,7 @@ def test_a_conversation_leaves_a_node_that_is_clearly_busier(
     balancer: Balancer, clock: Monotonic
 ) -> None:
     among = nodes(4, balancer, clock)
-    home = balancer.order(among, conversation="a")[0]
+    home = home_of(balancer, among, "a")
     with ExitStack() as stack:
         for other in among:
             if other != home:
@@ -453,17 +461,39 @@ def test_a_conversation_leaves_a_node_that_is_clearly_busier(
         stack.enter_context(balancer.flight(home))
         assert balancer.order(among, conversation="a")[0] == home  # 2 beside 1
         stack.enter_context(balancer.flight(home))
-        other = balancer.order(among, conversation="a")[0]
+        other = home_of(balancer, among, "a")
         assert other != home
     assert balancer.order(among, conversation="a")[0] == other
 
 
 def test_a_conversation_leaves_a_node_in_trouble(balancer: Balancer, clock: Monotonic) -> None:
     among = nodes(8, balancer, clock)
-    home = balancer.order(among, conversation="a")[0]
+    home = home_of(balancer, among, "a")
     fail(balancer, home, 1)
-    assert len({balancer.order(among, conversation="a")[0].wallet_address for _ in range(50)}) == 1
-    assert balancer.order(among, conversation="a")[0] != home
+    other = next(it for it in balancer.order(among, conversation="a") if it != home)
+    with balancer.flight(other, "a") as flight:
+        flight.began()
+    assert {balancer.order(among, conversation="a")[0].wallet_address for _ in range(50)} == {
+        other.wallet_address
+    }
+
+
+def test_a_node_that_did_not_begin_to_answer_is_no_conversations_own(
+    balancer: Balancer, clock: Monotonic
+) -> None:
+    among = nodes(8, balancer, clock)
+
+    def asked() -> set[str]:
+        found = set()
+        for _ in range(200):
+            first = balancer.order(among, conversation="a")[0]
+            with balancer.flight(first, "a"):
+                found.add(first.wallet_address)
+        return found
+
+    assert len(asked()) == 8
+    home = home_of(balancer, among, "a")
+    assert asked() == {home.wallet_address}
 
 
 def test_a_conversation_is_known_by_what_comes_up_to_the_first_question() -> None:
@@ -505,7 +535,7 @@ def test_what_is_kept_of_strangers_is_bounded(balancer: Balancer, clock: Monoton
     kept = node(0)
     with balancer.flight(kept) as flight:
         for i in range(1, 10_001):
-            balancer.order([node(i)], conversation=f"{i}")
+            home_of(balancer, [node(i)], f"{i}")
         assert balancer.state(kept).in_flight == 1
         assert len(balancer._loads) <= 4097
         assert len(balancer._conversations) <= 8192

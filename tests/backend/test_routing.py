@@ -436,6 +436,29 @@ async def test_a_node_that_dies_before_its_first_byte_is_passed_over(
     assert len(dying.seen) > 1
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/chat", {"message": "hi", "lora_name": "legal"}),
+        ("/v1/completions", {"prompt": "hi", "model": "legal"}),
+    ],
+)
+async def test_a_conversation_is_with_the_node_that_began_to_answer(
+    network: Network, start_node: StartNode, path: str, asked: dict[str, object]
+) -> None:
+    async def dies(request: Request) -> Response:
+        return DiesAfter()
+
+    assert network.app
+    conversations = network.app.state.backend.balancer._conversations
+    await network.register(await start_node(StandIn(dies)), "legal", number=1)
+    assert (await network.http.post(path, json=asked)).status_code == 502
+    assert not conversations._wallets
+    await network.register(await start_node(StandIn()), "legal", number=2)
+    assert (await network.http.post(path, json=asked)).status_code == 200
+    assert [*conversations._wallets.values()] == [wallet(2)]
+
+
 @pytest.mark.parametrize("status", [400, 404, 422, 429, 500])
 async def test_what_a_node_answers_is_passed_on(
     network: Network, start_node: StartNode, status: int
