@@ -22,9 +22,11 @@ from r3mes_vllm.backend.sockets import Transport
 
 log = logging.getLogger(__name__)
 
-TRY_ANOTHER = {401, 403, 404, 429, *range(500, 600)}
-"""What a node says of itself, not of the request: it wants another key, has lost the adapter, has
-too much to do; from 500 up it is not well, and 508 is a backend's own loop."""
+TRY_ANOTHER = {404, 429, *range(500, 600)}
+"""What a node says of itself, not of the request: it has lost the adapter, has too much to do; from
+500 up it is not well, and 508 is a backend's own loop."""
+_LOCKED = {401, 403}
+"""No client's matter: the key that the node was sent is not the client's, but its own."""
 _FULL = {429, 503}
 _REFUSAL_BYTES, _REFUSAL_S = 64 << 10, 5.0
 """Of a body that says no: it is read before the others are asked, and is small."""
@@ -112,6 +114,10 @@ class _Full(NodeFailed):
     def __init__(self, status: int, seconds: float) -> None:
         super().__init__(f"it answered {status}")
         self.seconds = seconds
+
+
+class _Locked(NodeFailed):
+    """It does not let this backend in."""
 
 
 class _Undialled(Exception):
@@ -218,6 +224,8 @@ class Dialler:
             raise Unavailable("no node has room", retry_after=after) from full
         if isinstance(failure, NodeTimedOut):
             raise NodeTimedOut(f"no node began to answer within {limit:g} s") from failure
+        if isinstance(failure, _Locked):
+            raise NodeFailed("the node does not let this backend in") from failure
         if isinstance(failure, NodeFailed | httpx.TransportError):
             raise NodeFailed("the node broke off before it answered") from failure
         raise Unavailable("no node could be reached", hint="try again shortly") from failure
@@ -297,6 +305,8 @@ class Dialler:
                 raise NodeFailed(f"it answered with a redirect ({status})")
             if not 200 <= status < 600:
                 raise NodeFailed(f"it answered with status {status}")
+            if status in _LOCKED:
+                raise _Locked(f"it wants another access key than it registered ({status})")
             if is_an_answer and not is_an_answer(node, response):
                 raise NodeFailed(f"it answered {status}, which is no answer here")
             if status in _FULL and not last:

@@ -459,6 +459,38 @@ async def test_a_conversation_is_with_the_node_that_began_to_answer(
     assert [*conversations._wallets.values()] == [wallet(2)]
 
 
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_node_that_refuses_its_access_key_says_nothing_of_the_clients(
+    start_backend: StartBackend,
+    start_node: StartNode,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+) -> None:
+    secret, own = "clients-key-12345", "nodes-own-key-67890"
+    locked = StandIn(answers(status, {"error": f"wrong key {own}"}))
+    network = await start_backend(api_keys=[secret])
+    await network.register(await start_node(locked), "legal", access_key=own)
+    network.http.headers["authorization"] = f"Bearer {secret}"
+    for path in ("/chat", "/v1/completions"):
+        asked = {"message": "hi", "lora_name": "legal", "prompt": "hi", "model": "legal"}
+        answer = await network.http.post(path, json=asked)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "node_failed")
+        assert "key" not in answer.text
+    assert f"node {wallet(1)} gave no answer" in caplog.text
+    assert "it wants another access key" in caplog.text
+    assert own not in caplog.text
+
+    full = StandIn(answers(503, {"error": "busy"}, retry_after="3"))
+    await network.register(await start_node(full), "legal", number=2)
+    for _ in range(TRIES):
+        answer = await ask(network, lora_name="legal")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
+
+    await network.register(await start_node(StandIn()), "legal", number=3)
+    for number in range(TRIES):
+        assert (await ask(network, lora_name="legal", message=f"{number}")).text == "hello"
+
+
 @pytest.mark.parametrize("status", [400, 404, 422, 429, 500])
 async def test_what_a_node_answers_is_passed_on(
     network: Network, start_node: StartNode, status: int
