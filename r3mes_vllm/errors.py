@@ -5,6 +5,8 @@
     ├── PortTaken             another program listens there
     ├── HubUnreachable        the model hub does not answer now
     ├── BadRequest            a client's request that can't be answered
+    ├── CrossSite             a web page of another site sent it, without a key
+    ├── UnknownHost           it came by a name that any web page may have
     ├── IpfsError             content that can't be had from IPFS
     │   ├── BadCID            text that is no CID, or one of a kind that is not supported
     │   ├── BlockMismatch     bytes that don't hash to the CID they were asked by
@@ -82,6 +84,16 @@ class HubUnreachable(R3mesError):
 class BadRequest(R3mesError):
     code = "bad_request"
     status = 400
+
+
+class CrossSite(R3mesError):
+    code = "cross_site"
+    status = 403
+
+
+class UnknownHost(R3mesError):
+    code = "unknown_host"
+    status = 403
 
 
 class IpfsError(R3mesError):

@@ -26,7 +26,7 @@ from r3mes_vllm.backend.forgetting import forgetting
 from r3mes_vllm.backend.keys import client_keys
 from r3mes_vllm.backend.known import KnownNode
 from r3mes_vllm.backend.metrics import Measured, Metrics
-from r3mes_vllm.backend.origins import allow_origins
+from r3mes_vllm.backend.origins import KeepOut, allow_origins
 from r3mes_vllm.backend.prover import Prover
 from r3mes_vllm.backend.rates import Rates
 from r3mes_vllm.backend.registry import Registry
@@ -60,6 +60,7 @@ def create_app(
     if settings.fallback_url:
         root_of(settings.fallback_url)
     choose, keys = policy(settings.chat), client_keys(settings)
+    admin_keys = Keys([settings.admin_key or ""])
 
     def dial_failed(node: KnownNode) -> None:
         metrics.dial_failures.inc()
@@ -91,7 +92,7 @@ def create_app(
                     metrics=metrics,
                     policy=choose,
                     client_keys=keys,
-                    admin_keys=Keys([settings.admin_key or ""]),
+                    admin_keys=admin_keys,
                     allow_private_nodes=settings.allow_private_nodes,
                     require_signatures=settings.require_signatures,
                     told=Told(
@@ -118,6 +119,7 @@ def create_app(
     answers.install(app)
     app.add_middleware(Kept)
     app.add_middleware(Rates, settings=settings.rates, keys=keys)
+    app.add_middleware(KeepOut, settings=settings, keys=(keys, admin_keys))
     app.add_middleware(Measured, metrics=metrics)
     allow_origins(app, settings.cors_origins)
     surround(app, RequestIds)

@@ -1,7 +1,6 @@
 """The backend as a program: a socket, a start-up line, an orderly end."""
 
 import errno
-import ipaddress
 import math
 import resource
 import socket
@@ -16,6 +15,7 @@ from r3mes_vllm import bounded_http, discretion
 from r3mes_vllm.backend.app import create_app
 from r3mes_vllm.backend.keys import client_keys
 from r3mes_vllm.backend.registry import Registry
+from r3mes_vllm.cross_site import is_loopback
 from r3mes_vllm.errors import ConfigError, PortTaken, R3mesError
 from r3mes_vllm.settings import Settings
 from r3mes_vllm.unread import bounded
@@ -104,7 +104,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def warnings(settings: Settings) -> list[str]:
     """What the owner should know at start, a sentence each."""
     found = []
-    beyond = not _is_loopback(settings.backend_host)
+    beyond = not is_loopback(settings.backend_host)
     if beyond and not client_keys(settings) and not settings.insecure:
         found.append(
             f"anyone who reaches {settings.backend_host}:{settings.backend_port} may use /chat "
@@ -124,7 +124,7 @@ def _fallback_warnings(settings: Settings) -> list[str]:
             found.append(f"{name} does nothing: fallback leaves {kind!r} out")
     if url is None and (settings.fallback_key or settings.fallback_model):
         found.append("fallback_key and fallback_model do nothing without fallback_url")
-    if url and url.startswith("http://") and not _is_loopback(httpx.URL(url).host):
+    if url and url.startswith("http://") and not is_loopback(httpx.URL(url).host):
         found.append("fallback_url is not https: chats, and its key, can be read on the way")
     return found
 
@@ -155,10 +155,3 @@ def _cannot_listen(host: str, port: int, error: OSError) -> R3mesError:
 def _url(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

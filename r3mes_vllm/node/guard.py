@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from r3mes_vllm.cross_site import Pages, names
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.keys import Keys, presented
 from r3mes_vllm.node.refusals import refusal
@@ -114,13 +115,16 @@ def asked_of(scope: Scope) -> tuple[str, str, str]:
 
 
 class Guard:
-    """ASGI middleware: 404 for what is not listed, 401 without the key it needs."""
+    """ASGI middleware: 404 for what is not listed, 401 without the key it needs, 403 for what a web
+    page sends where none is needed."""
 
     def __init__(
         self, app: ASGIApp, settings: Settings, backend_key: str = "", operator_key: str = ""
     ) -> None:
         self._app = app
         self._doors = Doors(settings, backend_key, operator_key)
+        tls = settings.ssl_certfile is not None
+        self._pages = Pages(known=names(settings, settings.serving_node_host, tls=tls))
         self._routes = dict(ROUTES)
         if settings.open_chat:
             self._routes["POST", "/chat"] = Access.ANYONE
@@ -146,6 +150,9 @@ class Guard:
             await refusal(
                 path, 401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY"
             )(scope, receive, send)
+        elif caller.key is None and (error := self._pages.objection(scope)):
+            refused = refusal(path, error.status, error.code, error.message, error.hint)
+            await refused(scope, receive, send)
         else:
             await self._app({**scope, CALLER: caller}, receive, send)
 

@@ -2,10 +2,10 @@
 this node serves. So it is encrypted, or does not leave the machine."""
 
 import ssl
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from r3mes_vllm.cross_site import is_loopback
 from r3mes_vllm.errors import ConfigError
 
 NETWORK_PORTS = (80, 443, 3000, 5000, 8000, 8080, 8443)
@@ -25,13 +25,6 @@ def refuse_plain_http(url: str) -> None:
         hint=f"--backend-url https://{parts.netloc}{parts.path}, with --backend-ca FILE if no "
         "public authority signed its certificate; or --insecure if that is what you want",
     )
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def trusted(ca: Path | None) -> ssl.SSLContext | bool:

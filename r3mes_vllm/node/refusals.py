@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse, Response
 
 
-def refusal(path: str, status: int, code: str, message: str) -> Response:
+def refusal(path: str, status: int, code: str, message: str, hint: str = "") -> Response:
     """In OpenAI's shape under `/v1`, elsewhere in the node's own."""
     if path.startswith("/v1/"):
-        return openai_refusal(status, code, message)
-    return JSONResponse({"error": {"code": code, "message": message, "hint": ""}}, status)
+        return openai_refusal(status, code, f"{message}. {hint}" if hint else message)
+    return JSONResponse({"error": {"code": code, "message": message, "hint": hint}}, status)
 
 
 def openai_refusal(

@@ -13,9 +13,10 @@ import httpx
 from pydantic import ValidationError
 
 from r3mes_vllm import state_dir
+from r3mes_vllm.cross_site import is_loopback
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.identity import operator_key
-from r3mes_vllm.node.line import NETWORK_PORTS, is_loopback, trusted
+from r3mes_vllm.node.line import NETWORK_PORTS, trusted
 from r3mes_vllm.settings import Settings
 from r3mes_vllm.wire import HEARTBEAT_TIMEOUT_S
 

@@ -136,3 +136,48 @@ def test_an_empty_key_file_is_no_key(tmp_path: Path) -> None:
     file.write_text("# none yet\n")
     with pytest.raises(ConfigError):
         refuse_open_door(load({"api_keys_file": file, "serving_node_host": "0.0.0.0"}))
+
+
+ELSEWHERE = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
+FETCHED = {"Sec-Fetch-Site": "cross-site", "Content-Type": "text/plain"}
+
+
+@pytest.mark.parametrize("page", [ELSEWHERE, FETCHED, {"Origin": "null"}], ids=str)
+async def test_a_web_page_commands_no_node_that_asks_for_no_key(page: dict[str, str]) -> None:
+    """Such a request needs no preflight: a browser sends it to loopback for any page."""
+    for settings in (load({"serving_node_host": "127.0.0.1"}), load({**KEYS, "open_chat": True})):
+        async with guarded(settings) as client:
+            answer = await client.post("/chat", headers=page)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "cross_site")
+            assert "R3MES_CORS_ORIGINS" in answer.json()["error"]["hint"]
+            for allowed in ({}, {"Origin": "http://node"}):
+                assert (await client.post("/chat", headers=allowed)).text == "through"
+
+
+async def test_a_key_is_no_web_pages() -> None:
+    for key in (CLIENT, ADMIN):
+        async with guarded(load(KEYS)) as client:
+            answer = await client.post("/chat", headers={**ELSEWHERE, "X-API-Key": key})
+        assert answer.text == "through"
+    # The twin: one that is none, where none is needed.
+    async with guarded(load()) as client:
+        answer = await client.post("/chat", headers={**ELSEWHERE, "X-API-Key": CLIENT})
+    assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/adapters", "/metrics", "/health"])
+async def test_a_name_that_was_led_to_loopback_opens_no_door(path: str) -> None:
+    """After DNS rebinding a page may read the answers too."""
+    given = {"serving_node_host": "127.0.0.1", "serving_node_url": "https://node.example"}
+    rebound = {"Host": "evil.example:8081"}
+    async with guarded(load(given)) as client:
+        answer = await client.get(path, headers=rebound)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "unknown_host")
+        for host in ("127.0.0.1:8081", "localhost:8081", "node.example"):
+            assert (await client.get(path, headers={"Host": host})).text == "through"
+    for more in ({"insecure": True}, {"ssl_certfile": "chain.pem"}):
+        async with guarded(load(given | more)) as client:
+            assert (await client.get(path, headers=rebound)).text == "through"
+    async with guarded(load(given | KEYS)) as client:
+        answer = await client.get(path, headers={**rebound, "X-API-Key": ADMIN})
+    assert answer.text == "through"

@@ -227,12 +227,15 @@ PROPERTIES = (
     ),
     Property(
         11,
-        "forgery, replay, foreign and private addresses, rebinding, redirects: refused",
+        "forgery, replay, foreign and private addresses, rebinding, redirects, web pages: refused",
         (
             "tests/backend/test_endpoints.py",
             "tests/backend/test_signatures.py",
             "tests/backend/test_proofs.py",
             "tests/backend/test_reach.py",
+            "tests/backend/test_origins.py",
+            "tests/node/test_guard.py",
+            "tests/test_cross_site.py",
         ),
         (
             Switch(
@@ -253,6 +256,20 @@ PROPERTIES = (
             Switch(
                 *("backend/signed.py", "if abs(late) > TOLERANCE_S:", "if False:"),
                 "tests/backend/test_signatures.py::test_a_request_of_another_time_is_refused",
+            ),
+            Switch(
+                *("backend/app.py", "app.add_middleware(KeepOut,", "dict("),
+                "tests/backend/test_origins.py::test_what_a_page_sends_without_asking_first_changes_nothing",
+            ),
+            Switch(
+                "node/guard.py",
+                "caller.key is None and (error := self._pages.objection(scope))",
+                "error := None",
+                "tests/node/test_guard.py::test_a_web_page_commands_no_node_that_asks_for_no_key",
+            ),
+            Switch(
+                *("cross_site.py", "if self._known is not None and", "if False and"),
+                "tests/node/test_guard.py::test_a_name_that_was_led_to_loopback_opens_no_door",
             ),
         ),
     ),
