@@ -232,11 +232,13 @@ def _prompt_tokens(prompt: Any, params: SamplingParams) -> list[int]:
 
 
 def _must_repeat(prompt: Any, params: SamplingParams) -> bool:
+    """A repetition penalty counts the prompt's tokens too, so it needs none of this."""
     return bool(
         prompt.get("type") != "token"
         or params.structured_outputs
         or params.bad_words
         or params.extra_args
+        # a sample without a seed never comes out the same: it goes on, and they count from there
         or ((params.presence_penalty or params.frequency_penalty) and not params.temperature)
         or (params.seed is not None and params.temperature)
     )
