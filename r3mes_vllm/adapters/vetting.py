@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r3mes_vllm.adapters.features import features_are_served
 from r3mes_vllm.adapters.files import (
     CONFIG,
     WEIGHTS,
@@ -67,25 +68,6 @@ _MAX_TOKENIZER, _TOKENIZER_DEPTH = 4 << 20, 32
 _MAX_NAME = 256
 _LITERAL = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-
-# Features of PEFT that change what an adapter means and that vLLM does not implement or ignores.
-_REFUSED_FEATURES = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "layer_replication",
-    "auto_mapping",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_bdlora",
-    "use_qalora",
-    "megatron_config",
-    "target_parameters",
-    "kasa_config",
-    "arrow_config",
-)
-
-_HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
 
 
 Rule = Callable[[Candidate], None]
@@ -144,24 +126,6 @@ def facts_of(it: Candidate) -> Adapter:
 def kind_is_lora(it: Candidate) -> None:
     if it.config.get("peft_type") != "LORA":
         refuse("kind_is_lora", f"peft_type is {short(it.config.get('peft_type'))}, not 'LORA'")
-
-
-def features_are_served(it: Candidate) -> None:
-    for feature in _REFUSED_FEATURES:
-        if it.config.get(feature):
-            refuse("features_are_served", f"{feature} is set: {short(it.config[feature])}")
-    if it.config.get("bias", "none") != "none":
-        refuse("features_are_served", f"bias is {short(it.config['bias'])}, not 'none'")
-    if type(it.config.get("use_rslora", False)) not in (bool, type(None)):
-        refuse("features_are_served", f"use_rslora is {short(it.config['use_rslora'])}")
-    init = it.config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
-        # PiSSA and its like change the base model's weights on loading
-        refuse(
-            "features_are_served",
-            f"init_lora_weights is {short(init)}",
-            hint="convert it to a plain LoRA with PEFT and publish that",
-        )
 
 
 def rank_is_sane(it: Candidate) -> None:

@@ -51,6 +51,11 @@ def test_floating_types_pass(tmp_path: Path, dtype: torch.dtype) -> None:
     assert vet(write(tmp_path / "a", None, tensors), base=BASE).rank == 8
 
 
+def mapping(library: object) -> dict[str, object]:
+    """As PEFT writes it where `task_type` is None."""
+    return {"base_model_class": "LlamaForCausalLM", "parent_library": library}
+
+
 BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("kind_is_lora", {"peft_type": "IA3"}),
     ("kind_is_lora", {"peft_type": None}),
@@ -58,7 +63,12 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("features_are_served", {"bias": "all"}),
     ("features_are_served", {"modules_to_save": ["lm_head"]}),
     ("features_are_served", {"layer_replication": [[0, 1]]}),
-    ("features_are_served", {"auto_mapping": {"parent_library": "evil"}}),
+    ("features_are_served", {"auto_mapping": {"parent_library": "transformers"}}),
+    ("features_are_served", {"auto_mapping": mapping("evil")}),
+    ("features_are_served", {"auto_mapping": mapping("transformers_modules.evil.modeling")}),
+    ("features_are_served", {"auto_mapping": mapping("transformers") | {"more": "evil"}}),
+    ("features_are_served", {"auto_mapping": mapping(["transformers"])}),
+    ("features_are_served", {"auto_mapping": "transformers"}),
     ("features_are_served", {"trainable_token_indices": [1]}),
     ("features_are_served", {"init_lora_weights": "pissa"}),
     ("features_are_served", {"use_rslora": "yes"}),
@@ -66,6 +76,7 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("features_are_served", {"alora_invocation_tokens": [1]}),
     ("features_are_served", {"kasa_config": {"beta": 1e-4}}),
     ("features_are_served", {"arrow_config": {"top_k": 3}}),
+    ("features_are_served", {"monteclora_config": {"num_samples": 8}}),
     ("kind_is_lora", {"peft_type": {"LORA": 1}}),
     ("rank_is_sane", {"rank_pattern": {"q_proj": "8"}}),
     ("names_are_literal", {"target_modules": [{"q_proj": 1}]}),
@@ -119,6 +130,30 @@ def test_a_bad_configuration_is_refused(tmp_path: Path, rule: str, change: dict[
     with pytest.raises(AdapterRefused) as caught:
         vet(write(tmp_path / "a", tiny.config() | change), base=BASE)
     assert caught.value.rule == rule
+
+
+@pytest.mark.parametrize("feature", [None, "velora_config", "monteclora_config"])
+def test_what_peft_itself_saves_is_served_or_named(tmp_path: Path, feature: str | None) -> None:
+    """Without a `task_type`, as many scripts train."""
+    import peft
+    from peft.tuners.lora.config import MontecloraConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    kinds = {"velora_config": peft.VeloraConfig, "monteclora_config": MontecloraConfig}
+    more: dict[str, Any] = {feature: kinds[feature]()} if feature else {}
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(**shape, vocab_size=16, num_attention_heads=4, num_key_value_heads=2)
+    )
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **more)
+    peft.get_peft_model(model, config).save_pretrained(str(tmp_path))
+    assert "auto_mapping" in json.loads((tmp_path / CONFIG).read_text())
+    if feature is None:
+        assert vet(tmp_path, base=BASE).rank == 4
+        return
+    with pytest.raises(AdapterRefused, match=f"{feature} is set") as caught:
+        vet(tmp_path, base=BASE)
+    assert caught.value.rule == "features_are_served"
 
 
 def without(name: str) -> Callable[[dict[str, Any]], None]:
@@ -244,6 +279,8 @@ def test_the_head_takes_none(tmp_path: Path, base: ModelShape | None) -> None:
     "change",
     [
         {"use_rslora": True},
+        {"auto_mapping": mapping("transformers.models.llama.modeling_llama"), "task_type": None},
+        {"auto_mapping": {}, "velora_config": {"num_groups": 64}},
         {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"layers.0.self_attn.q_proj": 64}},
         {"target_modules": "all-linear"},
         {"lora_dropout": 0.1, "fan_in_fan_out": True, "inference_mode": True, "revision": None},
