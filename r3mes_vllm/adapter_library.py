@@ -90,8 +90,10 @@ async def afetch(
     )
     where = IpfsPath.parse(cid)
     folder = None if dest is None else _new_folder(Path(dest))
-    obtained = await Supply.of(given).obtain(where)
+    supply = Supply.of(given)
+    obtained = await supply.obtain(where)
     with obtained.lease:
+        await supply.pins.wait()
         if folder is None:
             return obtained.path
         await asyncio.to_thread(_copy, obtained.path, folder)

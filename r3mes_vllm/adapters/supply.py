@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from r3mes_vllm.adapters import shipped
 from r3mes_vllm.adapters.model_shape import ModelShape
+from r3mes_vllm.adapters.pins import Pins
 from r3mes_vllm.adapters.store import Lease, Store
 from r3mes_vllm.adapters.unwrap import unwrap
 from r3mes_vllm.adapters.vetting import HEADER_RULES, LARGEST_RANK, RULES, Adapter, Rule, vet
@@ -22,13 +23,11 @@ from r3mes_vllm.errors import (
     BadDAG,
     ContentTooLarge,
     DiskFull,
-    SourceFailed,
 )
 from r3mes_vllm.ipfs import archive, car
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.disk import disk_errors_are_said
 from r3mes_vllm.ipfs.fetch import fetch, resolve
-from r3mes_vllm.ipfs.http import exchange
 from r3mes_vllm.ipfs.pack import pack
 from r3mes_vllm.ipfs.path import IpfsPath
 from r3mes_vllm.ipfs.race import Progress
@@ -71,7 +70,8 @@ class _Flight:
 class Supply:
     """Adapters by CID, from IPFS, from the shipped CARs, or from files of the operator's.
 
-    `at_once` fetches run at a time, `waiting` more may wait. Used in one event loop.
+    `at_once` fetches run at a time, `waiting` more may wait. With `pin`, what is obtained is pinned
+    on the daemon meanwhile: `pins.aclose` ends that. Used in one event loop.
     """
 
     def __init__(
@@ -89,21 +89,20 @@ class Supply:
         waiting: int = 256,
     ) -> None:
         self._store = store
-        self._daemon = KuboSource(ipfs_api)
+        self._limits = limits or Limits()
+        daemon = KuboSource(ipfs_api)
+        self.pins = Pins(daemon, self._limits)
         self._sources: list[Source] = [
             *map(BlocksSource, blocks),
-            self._daemon,
+            daemon,
             *map(GatewaySource, gateways),
         ]
         self._pin = pin
         self._base = base
         self._max_rank = max_rank
-        self._limits = limits or Limits()
         self._gate = asyncio.Semaphore(at_once)
         self._waiting = waiting
         self._flights: dict[CID, _Flight] = {}
-        self._pinned: set[CID] = set()
-        """By this supply."""
         self._car_bytes = 0
         self.refusals: Counter[str] = Counter()
         """By rule."""
@@ -141,19 +140,15 @@ class Supply:
         """The adapter at `where`, fetched if need be; many callers make one fetch of it.
 
         Raises IpfsError when it can't be had, AdapterRefused when it may not be used,
-        AdapterNotReady when too many wait, AdapterError when it can't be pinned, StorageFull.
+        AdapterNotReady when too many wait, StorageFull.
         """
         cid = await self.resolve(where) if isinstance(where, IpfsPath) else where
         held = await self._held(cid)
         if held is None:
             await self._fetched_once(cid, self._sources_of(cid), progress)
             held = await self._held_now(cid)
-        if self._pin and cid not in self._pinned:
-            try:
-                await self._pin_in_daemon(cid)
-            except BaseException:
-                held.lease.release()
-                raise
+        if self._pin:
+            self.pins.begin(cid)
         return held
 
     async def import_path(self, path: Path) -> Obtained:
@@ -315,17 +310,6 @@ class Supply:
             self.timed("fetch", time.monotonic() - began)
             cars = (it for it in sources if isinstance(it, CarSource))
             self._car_bytes += sum(it.standing.bytes for it in cars)
-
-    async def _pin_in_daemon(self, cid: CID) -> None:
-        async with exchange(self._limits) as connections:
-            try:
-                await self._daemon.pin(cid, connections)
-            except SourceFailed as error:
-                raise AdapterError(
-                    f"{cid} is here, but is not pinned: {error}",
-                    hint="is the IPFS daemon running? ipfs pin add CID",
-                ) from error
-        self._pinned.add(cid)
 
     async def _vet(self, directory: Path, rules: Sequence[Rule]) -> Adapter:
         try:

@@ -61,13 +61,15 @@ def pull(
 
     async def run() -> dict[str, Any]:
         wanted = await find_wanted(given, what)
-        supply = Supply.of(given, base=base)
+        supply = Supply.of(given.model_copy(update={"ipfs_pin": False}), base=base)
         with Downloads() as downloads:
             if wanted.where is None:
                 got = await supply.import_path(wanted.source)
             else:
                 got = await supply.obtain(wanted.where, progress=downloads.of(what))
         with got.lease:
+            if given.ipfs_pin and wanted.where is not None:
+                await supply.pins.pin(got.cid)
             return {
                 "cid": str(got.cid),
                 "path": str(got.path),

@@ -246,6 +246,7 @@ class NodeEndpoints:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await registration.goodbye()
                 await node.host.aclose()
+                await node.supply.pins.aclose()
                 restart.end_unsupervised()
 
 

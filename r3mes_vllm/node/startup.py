@@ -69,7 +69,11 @@ def _serve(settings: Settings, passed_on: Sequence[str], early: Early, *, verbos
 
     report.begin("adapters")
     early.reason = "adapters are being fetched and verified"
-    supply = Supply.of(settings, base=base, max_rank=settings.max_lora_rank or LARGEST_RANK)
+    supply = Supply.of(
+        settings.model_copy(update={"ipfs_pin": False}),  # the server pins them, while it serves
+        base=base,
+        max_rank=settings.max_lora_rank or LARGEST_RANK,
+    )
     with report.Downloads() as downloads:
         named = asyncio.run(obtain_all(settings, supply, progress=downloads.show))
     if not named and not settings.base_only:

@@ -320,36 +320,6 @@ async def test_a_liar_is_left_alone_in_the_next_fetch_too(store: Store, tmp_path
         assert len(liar.asked) == asked
 
 
-async def test_what_is_fetched_can_be_pinned(store: Store, js_ipfs: JsIpfs, tmp_path: Path) -> None:
-    cid = CID.parse(js_ipfs.add(tiny.make_adapter(tmp_path / "mine", seed=70)))
-    assert str(cid) not in js_ipfs.pins()
-    await Supply(store, ipfs_api=js_ipfs.api, gateways=[], pin=True).obtain(cid)
-    assert str(cid) in js_ipfs.pins()
-
-
-async def test_what_is_here_already_is_pinned_too(
-    store: Store, js_ipfs: JsIpfs, tmp_path: Path
-) -> None:
-    cid = CID.parse(js_ipfs.add(tiny.make_adapter(tmp_path / "mine", seed=8)))
-    await supplied(store, js_ipfs.api).obtain(cid)
-    assert str(cid) not in js_ipfs.pins()
-    await Supply(store, ipfs_api=js_ipfs.api, gateways=[], pin=True).obtain(cid)
-    assert str(cid) in js_ipfs.pins()
-
-
-async def test_a_pin_that_failed_fails_again_and_holds_nothing(
-    store: Store, tmp_path: Path
-) -> None:
-    published = gateway.packed(tiny.make_adapter(tmp_path / "mine", seed=3))
-    async with gateway.listening(gateway.Gateway(published)) as source:
-        one = Supply(store, ipfs_api=NOWHERE, gateways=[source.name], pin=True)
-        for _ in range(2):
-            with pytest.raises(AdapterError, match="is here, but is not pinned"):
-                await one.obtain(published.root)
-    (stored,) = store.stored()
-    assert not stored.in_use
-
-
 async def test_who_comes_while_a_cancelled_fetch_ends_shares_the_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,8 @@ def test_publish_then_pull_by_name_and_by_cid(
     assert sorted(os.listdir(got["path"]))[:2] == [CONFIG, WEIGHTS]
     again = told(adapter_command(tmp_path, "pull", f"/ipfs/{cid}", "--json"))  # from nowhere
     assert not again["fetched"]
+    unpinned = adapter_command(tmp_path, "pull", cid, "--pin")
+    assert (unpinned.returncode, "is not pinned" in unpinned.stderr) == (1, True)
     assert told(adapter_command(tmp_path, "list", "--json"))[0]["cid"] == cid
     by_path = told(adapter_command(tmp_path, "pull", str(adapter), "--json"))
     assert (by_path["cid"], by_path["fetched"]) == (cid, False)
