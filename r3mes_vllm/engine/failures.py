@@ -3,12 +3,15 @@
 import time
 from collections import OrderedDict
 
-from r3mes_vllm.errors import AdapterRefused, R3mesError
+from r3mes_vllm.errors import AdapterRefused, BadArchive, BadDAG, ContentTooLarge, R3mesError
 
 _REFUSED_FOR_S = 3600.0
 """Its CID will not become another adapter."""
 _FAILED_FOR_S = 15.0
 _MOST = 1024
+
+_OF_THE_CONTENT = (AdapterRefused, BadArchive, BadDAG, ContentTooLarge)
+"""What is found in bytes that are those of the CID: fetched again, they are the same."""
 
 
 class Failures:
@@ -22,7 +25,7 @@ class Failures:
     def note(self, cid: str, error: R3mesError) -> None:
         if isinstance(error, AdapterRefused) and error.rule == "engine":
             self.refused_by_engine += 1
-        lasts = _REFUSED_FOR_S if isinstance(error, AdapterRefused) else _FAILED_FOR_S
+        lasts = _REFUSED_FOR_S if isinstance(error, _OF_THE_CONTENT) else _FAILED_FOR_S
         self._known[cid] = error, time.monotonic() + lasts
         while len(self._known) > _MOST:
             self._known.popitem(last=False)
