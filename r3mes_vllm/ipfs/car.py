@@ -1,6 +1,6 @@
-"""CARv1: reading a stream of blocks and writing one.
+"""CARs: reading a stream of blocks, of version 1 or within version 2, and writing one of version 1.
 
-https://ipld.io/specs/transport/car/carv1/
+https://ipld.io/specs/transport/car/carv1/ and https://ipld.io/specs/transport/car/carv2/
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import BinaryIO, Protocol
 
 from r3mes_vllm.errors import BadCAR, BadCID, SourceFailed
 from r3mes_vllm.ipfs import varint
-from r3mes_vllm.ipfs.cid import CID, Data
+from r3mes_vllm.ipfs.cid import CID, Data, split
 
 BLOCK_LIMIT = 2 << 20
 """Bytes; what the network carries at most (https://specs.ipfs.tech/bitswap-protocol/)."""
@@ -20,6 +20,13 @@ BLOCK_LIMIT = 2 << 20
 _SECTION_LIMIT = BLOCK_LIMIT + 256
 _HEADER_LIMIT = 1 << 16
 _LONGEST_CID = 160  # bytes: an identity of 128 and its four numbers
+_FOREIGN_LIMIT = 256 << 20
+"""Bytes in all of blocks that are skipped, for whose CIDs nobody can ask."""
+
+_V2_HEADER = 40
+_V2_START = 11 + _V2_HEADER
+_PADDING_LIMIT = 1 << 20
+_SKIPPED = 1 << 16
 
 Block = tuple[CID, bytes]
 LentBlock = tuple[CID, Data]
@@ -52,19 +59,25 @@ class CarReader:
     def __init__(self, body: Body, source: str) -> None:
         self._body = body
         self._source = source
-        self._roots: tuple[CID, ...] | None = None
+        self._roots: tuple[CID | None, ...] | None = None
+        self._left: int | None = None
+        """Bytes of the CARv1 within a CARv2."""
+        self._foreign = 0
         self._head: _Head | None = None
         """Of the block that did not fit into the last buffer."""
         self._failure: BadCAR | SourceFailed | None = None
 
     @property
-    def roots(self) -> tuple[CID, ...]:
-        """The sender's claim, nothing more."""
+    def roots(self) -> tuple[CID | None, ...]:
+        """The sender's claim, nothing more; None for a CID of a kind that is not supported."""
         if self._roots is None:
-            length = self._section(_HEADER_LIMIT)
-            if length is None:
-                raise self._cut_short()
-            self._roots = _read_header(self._exactly(length), self._source)
+            header = self._header()
+            if header == {"version": 2}:
+                self._enter()
+                header = self._header()
+            if header.get("version") != 1:
+                raise BadCAR(f"{self._source}: this is no CAR of version 1 or 2")
+            self._roots = _roots_of(header, self._source)
         return self._roots
 
     def fill(self, buffer: memoryview, patience_s: float) -> list[LentBlock]:
@@ -94,17 +107,20 @@ class CarReader:
 
     def head(self) -> _Head | None:
         """Of the next block; None at the end. Its data are to be read, or skipped, next."""
-        if self.roots is None or (section := self._section(_SECTION_LIMIT)) is None:
+        if self.roots is None:
             return None
-        start = self._exactly(min(section, _LONGEST_CID))
-        try:
-            cid, end = CID.read(start)
-        except BadCID as error:
-            raise BadCAR(f"{self._source}: a block's CID: {error}") from error
-        length = section - end
-        if length > BLOCK_LIMIT:
-            raise BadCAR(f"{self._source}: a block of {length} bytes (at most {BLOCK_LIMIT})")
-        return _Head(cid, length, start[end:])
+        while (section := self._section(_SECTION_LIMIT)) is not None:
+            start = self._exactly(min(section, _LONGEST_CID))
+            try:
+                cid, end = CID.read(start)
+            except BadCID as error:
+                self._skip_foreign(start, section, error)
+                continue
+            length = section - end
+            if length > BLOCK_LIMIT:
+                raise BadCAR(f"{self._source}: a block of {length} bytes (at most {BLOCK_LIMIT})")
+            return _Head(cid, length, start[end:])
+        return None
 
     def data(self, head: _Head, into: memoryview) -> None:
         """Fill `into`, which is as long as the block's data."""
@@ -112,13 +128,48 @@ class CarReader:
         into[:came] = head.data
         self._fill(into[came:])
 
+    def skip(self, head: _Head, file: BinaryIO) -> None:
+        """Go on after the block's data in `file`, which is the body."""
+        rest = head.length - len(head.data)
+        file.seek(rest, os.SEEK_CUR)
+        self._count(rest)
+
+    def _skip_foreign(self, start: bytes, section: int, error: BadCID) -> None:
+        """Pass over a section whose CID is sound, but of a codec or hash that is not supported."""
+        try:
+            split(start)
+        except BadCID:
+            raise BadCAR(f"{self._source}: a block's CID: {error}") from error
+        self._foreign += section
+        if self._foreign > _FOREIGN_LIMIT:
+            raise BadCAR(f"{self._source}: over {_FOREIGN_LIMIT} bytes of other kinds of blocks")
+        self._pass(section - len(start))
+
+    def _header(self) -> dict[object, object]:
+        length = self._section(_HEADER_LIMIT)
+        if length is None:
+            raise self._cut_short()
+        return _read_header(self._exactly(length), self._source)
+
+    def _enter(self) -> None:
+        """Of a CARv2, whose pragma was read: go to the CARv1 in it."""
+        head = self._exactly(_V2_HEADER)
+        offset, size = (int.from_bytes(head[at : at + 8], "little") for at in (16, 24))
+        if not _V2_START <= offset <= _V2_START + _PADDING_LIMIT or not size:
+            raise BadCAR(
+                f"{self._source}: a CAR of version 2 with {size} bytes of blocks at {offset}",
+                hint="perhaps its writing was cut short: write it anew",
+            )
+        self._pass(offset - _V2_START)
+        self._left = size
+
     def _section(self, limit: int) -> int | None:
         """The length of the next; None at the end."""
         prefix, found = b"", None
         while found is None:
             byte = bytearray(1)
-            if not self._body.readinto(memoryview(byte)):
-                if prefix:
+            if not self._readinto(memoryview(byte)):
+                if prefix or self._left:
                     raise self._cut_short()
                 return None
             prefix += byte
@@ -137,10 +188,27 @@ class CarReader:
 
     def _fill(self, view: memoryview) -> None:
         while view:
-            came = self._body.readinto(view)
+            came = self._readinto(view)
             if not came:
                 raise self._cut_short()
             view = view[came:]
+
+    def _pass(self, length: int) -> None:
+        while length:
+            part = min(length, _SKIPPED)
+            self._exactly(part)
+            length -= part
+
+    def _readinto(self, view: memoryview) -> int:
+        if self._left is not None:
+            view = view[: self._left]
+        came = (self._body.readinto(view) or 0) if view else 0
+        self._count(came)
+        return came
+
+    def _count(self, came: int) -> None:
+        if self._left is not None:
+            self._left = max(self._left - came, 0)
 
     def _cut_short(self) -> BadCAR:
         return BadCAR(f"{self._source}: the CAR is cut short")
@@ -173,7 +241,7 @@ class CarFile:
                     if at + head.length > size:
                         break
                     self._places.setdefault(head.cid, (at, head.length))
-                    file.seek(at + head.length)
+                    reader.skip(head, file)
             except BadCAR:
                 if not self._places:
                     raise
@@ -189,14 +257,18 @@ class CarFile:
 
 
 def root_of(path: Path) -> CID:
-    """The one root that the CAR file at `path` names. Raises BadCAR."""
+    """The one root that the CAR file at `path` names. Raises BadCAR, also for one of a kind that is
+    not supported."""
     try:
         with path.open("rb") as file:
             roots = CarReader(file, str(path)).roots
     except OSError as error:
         raise BadCAR(f"can't read {path}: {error.strerror}") from error
-    if len(roots) != 1:
-        raise BadCAR(f"{path} is no CAR file with one root")
+    if len(roots) != 1 or roots[0] is None:
+        raise BadCAR(
+            f"{path} is no CAR file with one root of raw or dag-pb",
+            hint="write one: r3mes-vllm adapter pack DIR -o FILE.car",
+        )
     return roots[0]
 
 
@@ -216,17 +288,33 @@ def _cbor_bytes(data: bytes) -> bytes:
     return head + data
 
 
-def _read_header(data: bytes, source: str) -> tuple[CID, ...]:
+def _read_header(data: bytes, source: str) -> dict[object, object]:
     try:
         header, end = _cbor(data, 0, depth=0)
     except (ValueError, IndexError, BadCID) as error:
         raise BadCAR(f"{source}: the header of the CAR can't be read: {error}") from error
-    if end != len(data) or not isinstance(header, dict) or header.get("version") != 1:
-        raise BadCAR(f"{source}: this is no CAR of version 1")
-    roots = header.get("roots")
-    if not isinstance(roots, list) or not all(isinstance(root, CID) for root in roots):
+    if end != len(data) or not isinstance(header, dict):
+        raise BadCAR(f"{source}: this is no CAR of version 1 or 2")
+    return header
+
+
+def _roots_of(header: dict[object, object], source: str) -> tuple[CID | None, ...]:
+    """Some senders write null where there is none."""
+    found = header.get("roots", 0)
+    found = [] if found is None else found
+    if not isinstance(found, list) or not all(isinstance(it, CID | None) for it in found):
         raise BadCAR(f"{source}: the header of the CAR has no roots")
-    return tuple(roots)
+    return tuple(found)
+
+
+def _link(data: bytes) -> CID | None:
+    """None for a CID of a kind that is not supported. Raises BadCID."""
+    try:
+        return CID.from_bytes(data)
+    except BadCID:
+        if split(data)[3] != len(data):
+            raise
+        return None
 
 
 def _cbor(data: bytes, at: int, depth: int) -> tuple[object, int]:
@@ -264,7 +352,9 @@ def _cbor(data: bytes, at: int, depth: int) -> tuple[object, int]:
         link, at = _cbor(data, at, depth + 1)
         if not isinstance(link, bytes) or link[:1] != b"\x00":
             raise ValueError("a link is no CID")
-        return CID.from_bytes(link[1:]), at
+        return _link(link[1:]), at
     if kind == 0:
         return info, at
+    if (kind, info) == (7, 22):
+        return None, at
     raise ValueError(f"there is CBOR of kind {kind} in it")

@@ -63,28 +63,17 @@ class CID:
     @classmethod
     def read(cls, data: bytes | memoryview) -> tuple["CID", int]:
         """The binary CID that `data` begins with, and where it ends. Raises BadCID."""
-        if bytes(data[:2]) == b"\x12\x20":
-            if len(data) < 34:
-                raise BadCID("it is cut short")
-            return cls(DAG_PB, SHA2_256, bytes(data[2:34])), 34
-        version, at = _number(data, 0)
-        if version != 1:
-            raise BadCID(f"version {version} is not 0 or 1")
-        codec, at = _number(data, at)
+        codec, hash_code, digest, end = split(data)
         if codec not in _CODECS:
             raise BadCID(f"codec {codec:#x} is not raw or dag-pb")
-        hash_code, at = _number(data, at)
-        length, at = _number(data, at)
         if hash_code == IDENTITY:
-            if length > _IDENTITY_LIMIT:
-                raise BadCID(f"an identity digest of {length} bytes is over {_IDENTITY_LIMIT}")
+            if len(digest) > _IDENTITY_LIMIT:
+                raise BadCID(f"an identity digest of {len(digest)} bytes is over {_IDENTITY_LIMIT}")
         elif hash_code not in _HASHES:
             raise BadCID(f"hash {hash_code:#x} is not supported")
-        elif length != _HASHES[hash_code][0]:
-            raise BadCID(f"a digest of {length} bytes is not {_HASHES[hash_code][0]} bytes")
-        if len(data) < at + length:
-            raise BadCID("it is cut short")
-        return cls(codec, hash_code, bytes(data[at : at + length])), at + length
+        elif len(digest) != _HASHES[hash_code][0]:
+            raise BadCID(f"a digest of {len(digest)} bytes is not {_HASHES[hash_code][0]} bytes")
+        return cls(codec, hash_code, digest), end
 
     @classmethod
     def of(cls, codec: int, data: bytes) -> "CID":
@@ -116,6 +105,23 @@ class CID:
     def __str__(self) -> str:
         """Version 1 in base32."""
         return str(multibase.encode("base32", bytes(self)).decode())
+
+
+def split(data: bytes | memoryview) -> tuple[int, int, bytes, int]:
+    """Codec, hash and digest of the binary CID that `data` begins with, also of those that are not
+    supported, and where it ends. Raises BadCID."""
+    if bytes(data[:2]) == b"\x12\x20":
+        codec, hash_code, length, at = DAG_PB, SHA2_256, 32, 2
+    else:
+        version, at = _number(data, 0)
+        if version != 1:
+            raise BadCID(f"version {version} is not 0 or 1")
+        codec, at = _number(data, at)
+        hash_code, at = _number(data, at)
+        length, at = _number(data, at)
+    if len(data) < at + length:
+        raise BadCID("it is cut short")
+    return codec, hash_code, bytes(data[at : at + length]), at + length
 
 
 def _decode_text(text: str) -> bytes:

@@ -119,12 +119,110 @@ def test_with_the_check_off_a_flipped_bit_passes(monkeypatch: pytest.MonkeyPatch
         varint.encode((2 << 20) + 1000),
         b"\xff" * 9,
         varint.encode(3) + b"\x01\x55\x12",  # a CID cut short
-        varint.encode(38) + b"\x01\x71\x12\x20" + b"a" * 34,  # of dag-cbor
+        varint.encode(38) + b"\x01\x71\x12\x7f" + b"a" * 34,  # of dag-cbor, cut short
+        varint.encode(38) + b"\x02\x71\x12\x20" + b"a" * 34,  # of no known version
     ],
 )
 def test_a_section_that_breaks_the_rules_is_refused(section: bytes) -> None:
     with pytest.raises(BadCAR, match="sender"):
         read(CAR[:HEADER] + section)
+
+
+FOREIGN = [
+    b"\x01\x71\x12\x20" + b"a" * 32,  # dag-cbor
+    b"\x01\x55\x16\x20" + b"a" * 32,  # sha3-256
+    b"\x01\x55\x12\x14" + b"a" * 20,  # sha2-256, cut
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("size", [0, 3, 200_000])
+def test_a_block_of_another_kind_is_skipped(tmp_path: Path, name: bytes, size: int) -> None:
+    section = varint.encode(len(name) + size) + name + b"x" * size
+    data = CAR[:HEADER] + section + CAR[HEADER:] + section
+    assert read(data) == BLOCKS
+    (tmp_path / "x.car").write_bytes(data)
+    assert list(car.read_file(tmp_path / "x.car")) == BLOCKS
+    file = car.CarFile(tmp_path / "x.car")
+    assert [file.block(cid) for cid, _ in BLOCKS] == [data for _, data in BLOCKS]
+    with pytest.raises(BadCAR, match="cut short"):
+        read(data[:-1])
+
+
+def test_a_sender_of_nothing_but_blocks_of_another_kind_is_not_read_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(car, "_FOREIGN_LIMIT", 1000)
+    section = varint.encode(136) + FOREIGN[0] + b"x" * 100
+    read(CAR + section * 7)
+    with pytest.raises(BadCAR, match="1000 bytes of other kinds"):
+        read(CAR + section * 8)
+
+
+@pytest.mark.parametrize(
+    ("roots", "expected"),
+    [
+        (b"\xf6", ()),
+        (b"\x80", ()),
+        (b"\x81\xd8\x2a\x58\x25\x00" + FOREIGN[0], (None,)),
+        (
+            b"\x82\xd8\x2a\x58\x25\x00" + FOREIGN[0] + b"\xd8\x2a\x58\x25\x00" + bytes(ROOT),
+            (None, ROOT),
+        ),
+    ],
+)
+def test_what_the_header_says_of_roots_is_not_needed_where_the_root_is_known(
+    tmp_path: Path, roots: bytes, expected: tuple[CID | None, ...]
+) -> None:
+    header = b"\xa2eroots" + roots + b"gversion\x01"
+    path = tmp_path / "x.car"
+    path.write_bytes(varint.encode(len(header)) + header + CAR[HEADER:])
+    assert list(car.read_file(path)) == BLOCKS
+    with path.open("rb") as file:
+        assert CarReader(file, "sender").roots == expected
+    with pytest.raises(BadCAR, match="one root"):
+        car.root_of(path)
+
+
+def version_2(inner: bytes, *, padding: int = 0, size: int | None = None) -> bytes:
+    """As go-car writes it, with an index after the blocks."""
+    size = len(inner) if size is None else size
+    numbers = (51 + padding, size, 51 + padding + size)
+    pragma = bytes.fromhex("0aa16776657273696f6e02") + bytes(16)
+    head = pragma + b"".join(it.to_bytes(8, "little") for it in numbers)
+    return head + bytes(padding) + inner + b"\x80\x08 an index"
+
+
+@pytest.mark.parametrize("padding", [0, 1, 70_000])
+def test_the_blocks_within_a_car_of_version_2(tmp_path: Path, padding: int) -> None:
+    data = version_2(CAR, padding=padding)
+    assert read(data) == BLOCKS
+    assert read(data, step=7, room=76003) == BLOCKS
+    path = tmp_path / "x.car"
+    path.write_bytes(data)
+    assert car.root_of(path) == ROOT
+    assert list(car.read_file(path)) == BLOCKS
+    file = car.CarFile(path)
+    assert [file.block(cid) for cid, _ in BLOCKS] == [data for _, data in BLOCKS]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        version_2(CAR)[:40],
+        version_2(CAR, size=0),  # it was never finished
+        version_2(CAR, size=len(CAR) - 1),
+        version_2(CAR)[:-20],
+        version_2(CAR, size=1 << 63)[: 51 + len(CAR)],
+        version_2(version_2(CAR)),
+        version_2(CAR, padding=(1 << 20) + 1),
+        version_2(CAR)[:27] + bytes(8) + version_2(CAR)[35:],
+    ],
+    ids=range(8),
+)
+def test_a_car_of_version_2_that_breaks_the_rules_is_refused(data: bytes) -> None:
+    with pytest.raises(BadCAR, match="sender"):
+        read(data)
 
 
 def test_bytes_that_are_another_blocks_are_refused() -> None:
