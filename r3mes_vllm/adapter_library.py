@@ -120,7 +120,11 @@ def vet(
             supply = Supply(Store(Path(scratch)), ipfs_api="http://127.0.0.1:9", gateways=[])
             async with supply.peek(place) as fetched:
                 return await asyncio.to_thread(
-                    inspection.inspect, fetched, base=shape, max_rank=max_rank
+                    inspection.inspect,
+                    fetched,
+                    base=shape,
+                    max_rank=max_rank,
+                    follow_links=fetched == place,
                 )
 
         try:

@@ -63,6 +63,8 @@ class Candidate:
     tensors: dict[str, Tensor]
     max_rank: int
     base: ModelShape | None
+    follow_links: bool = False
+    """In an operator's own folder; what was fetched or unpacked holds none."""
 
     @cached_property
     def largest(self) -> dict[str, float]:
@@ -75,15 +77,22 @@ class Candidate:
             return {name: _largest(file, it, buffer) for name, it in self.tensors.items()}
 
 
-def open_candidate(directory: Path, *, base: ModelShape | None, max_rank: int) -> Candidate:
+def open_candidate(
+    directory: Path, *, base: ModelShape | None, max_rank: int, follow_links: bool = False
+) -> Candidate:
     """Raises AdapterRefused when a file is missing or broken."""
-    config = read_json(directory / CONFIG, "config_is_json", MAX_CONFIG, CONFIG_DEPTH)
-    return Candidate(directory, config, read_header(directory / WEIGHTS)[0], max_rank, base)
+    config = read_json(
+        directory / CONFIG, "config_is_json", MAX_CONFIG, CONFIG_DEPTH, follow_links=follow_links
+    )
+    tensors, _ = read_header(directory / WEIGHTS, follow_links=follow_links)
+    return Candidate(directory, config, tensors, max_rank, base, follow_links)
 
 
-def read_json(path: Path, rule: str, largest: int, depth: int) -> dict[str, Any]:
+def read_json(
+    path: Path, rule: str, largest: int, depth: int, *, follow_links: bool = False
+) -> dict[str, Any]:
     """The JSON object in the file. Raises AdapterRefused in the name of `rule`."""
-    return parse_json(_read_regular(path, largest), path.name, rule, depth)
+    return parse_json(_read_regular(path, largest, follow_links), path.name, rule, depth)
 
 
 def parse_json(
@@ -115,9 +124,11 @@ def parse_json(
     return found
 
 
-def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_header(
+    path: Path, *, follow_links: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises AdapterRefused."""
-    _require_regular(path)
+    _require_regular(path, follow_links)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -200,10 +211,12 @@ def _read_tensor(name: str, entry: object, data_start: int) -> Tensor:
     return Tensor(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
-def _require_regular(path: Path) -> None:
+def _require_regular(path: Path, follow_links: bool) -> None:
     try:
-        mode = path.lstat().st_mode
+        mode = path.stat(follow_symlinks=follow_links).st_mode
     except OSError:
+        if path.is_symlink():
+            refuse("files_are_there", f"{path.name} is a link that leads to no file")
         refuse(
             "files_are_there",
             f"there is no {path.name}",
@@ -213,8 +226,8 @@ def _require_regular(path: Path) -> None:
         refuse("files_are_there", f"{path.name} is not a regular file")
 
 
-def _read_regular(path: Path, limit: int) -> bytes:
-    _require_regular(path)
+def _read_regular(path: Path, limit: int, follow_links: bool) -> bytes:
+    _require_regular(path, follow_links)
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -50,14 +50,20 @@ class Inspection:
 
 
 def inspect(
-    fetched: Path, *, base: ModelShape | None, max_rank: int, limits: Limits | None = None
+    fetched: Path,
+    *,
+    base: ModelShape | None,
+    max_rank: int,
+    limits: Limits | None = None,
+    follow_links: bool = False,
 ) -> Inspection:
     """Look at what was fetched: a directory, an archive or a file. Raises BadArchive and
     ContentTooLarge for an archive that may not be unpacked, StorageFull."""
     with tempfile.TemporaryDirectory() as work, disk_errors_are_said(Path(work)):
         try:
             directory, notes = unwrap(fetched, Path(work), limits or Limits())
-            candidate = open_candidate(directory, base=base, max_rank=max_rank)
+            mine = follow_links and not directory.is_relative_to(work)
+            candidate = open_candidate(directory, base=base, max_rank=max_rank, follow_links=mine)
         except AdapterRefused as error:
             finding = Finding(error.rule, "refused", str(error), error.hint)
             return Inspection((finding,), None, None, (), None, None, ())

@@ -5,6 +5,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from r3mes_vllm.adapters.manifest import FILES
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.vetting import Adapter, vet
 from r3mes_vllm.errors import AdapterError, AdapterRefused, ConfigError, SourceFailed
@@ -33,10 +34,10 @@ async def publish(
             f"{directory} is not a directory",
             hint="give the folder that PEFT's save_pretrained wrote",
         )
-    facts = await asyncio.to_thread(vet, directory, base=base)
+    facts = await asyncio.to_thread(vet, directory, base=base, follow_links=True)
     with tempfile.TemporaryDirectory() as name:
         packed = Path(name) / "adapter.car"
-        cid = await asyncio.to_thread(pack, directory, packed)
+        cid = await asyncio.to_thread(pack, directory, packed, linked=FILES)
         if api is not None:
             await _pinned(cid, packed, api)
     return cid, facts

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from r3mes_vllm.adapters import shipped
+from r3mes_vllm.adapters.manifest import FILES
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.pins import Pins
 from r3mes_vllm.adapters.store import Lease, Store
@@ -157,7 +158,7 @@ class Supply:
         if path.is_dir() or _is_content(path):  # noqa: ASYNC240 - a local file, asked once
             with self._store.scratch() as scratch:
                 packed = scratch / "packed.car"
-                cid = await asyncio.to_thread(pack, path, packed)
+                cid = await asyncio.to_thread(pack, path, packed, linked=FILES)
                 return await self._import_car(cid, CarSource(packed, name=str(path)))
         return await self._import_car(
             await asyncio.to_thread(car.root_of, path), CarSource(path, name=str(path))

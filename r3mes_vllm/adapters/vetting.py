@@ -95,9 +95,10 @@ def vet(
     base: ModelShape | None = None,
     max_rank: int = LARGEST_RANK,
     rules: Sequence[Rule] | None = None,
+    follow_links: bool = False,
 ) -> Adapter:
     """Check the adapter in `directory` by every rule. Raises AdapterRefused naming the rule."""
-    candidate = open_candidate(directory, base=base, max_rank=max_rank)
+    candidate = open_candidate(directory, base=base, max_rank=max_rank, follow_links=follow_links)
     for rule in RULES if rules is None else rules:
         rule(candidate)
     return facts_of(candidate)
@@ -119,7 +120,7 @@ def facts_of(it: Candidate) -> Adapter:
         size=(it.directory / WEIGHTS).stat().st_size,
         base_model=named,
         warnings=tuple(warnings),
-        notes=_notes(it.directory),
+        notes=_notes(it),
     )
 
 
@@ -302,11 +303,12 @@ def tokenizers_have_no_code(it: Candidate) -> None:
     """A tokenizer that names code has it run where somebody loads it."""
     for path in it.directory.glob("*.py"):
         refuse("tokenizers_have_no_code", f"{short(path.name)} is code")
-    if (it.directory / _TOKENIZER).exists():
-        rule = "tokenizers_have_no_code"
-        found = read_json(it.directory / _TOKENIZER, rule, _MAX_TOKENIZER, _TOKENIZER_DEPTH)
-        if "auto_map" in found:
-            refuse(rule, f"{_TOKENIZER} names code to load: {short(found['auto_map'])}")
+    found = _tokenizer(it)
+    if "auto_map" in found:
+        refuse(
+            "tokenizers_have_no_code",
+            f"{_TOKENIZER} names code to load: {short(found['auto_map'])}",
+        )
 
 
 HEADER_RULES: tuple[Rule, ...] = (
@@ -351,12 +353,21 @@ def _scaling(config: dict[str, Any], module: str) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _notes(directory: Path) -> tuple[str, ...]:
-    templates = [path.name for path in directory.glob("chat_template*")]
-    if not templates and (directory / _TOKENIZER).exists():
-        rule = "tokenizers_have_no_code"
-        found = read_json(directory / _TOKENIZER, rule, _MAX_TOKENIZER, _TOKENIZER_DEPTH)
-        templates = [_TOKENIZER] if "chat_template" in found else []
+def _tokenizer(it: Candidate) -> dict[str, Any]:
+    """Its configuration; empty where there is none."""
+    path = it.directory / _TOKENIZER
+    if not path.exists():
+        return {}
+    return read_json(
+        *(path, "tokenizers_have_no_code", _MAX_TOKENIZER, _TOKENIZER_DEPTH),
+        follow_links=it.follow_links,
+    )
+
+
+def _notes(it: Candidate) -> tuple[str, ...]:
+    templates = [path.name for path in it.directory.glob("chat_template*")]
+    if not templates and "chat_template" in _tokenizer(it):
+        templates = [_TOKENIZER]
     if not templates:
         return ()
     return (

@@ -12,6 +12,7 @@ from r3mes_vllm import state_dir
 from r3mes_vllm.adapters import inspection
 from r3mes_vllm.adapters.catalog import checked_name
 from r3mes_vllm.adapters.files import printable, short
+from r3mes_vllm.adapters.manifest import FILES
 from r3mes_vllm.adapters.publish import public_name, read_system_prompt
 from r3mes_vllm.adapters.publish import publish as publish_adapter
 from r3mes_vllm.adapters.supply import Supply
@@ -70,6 +71,7 @@ def inspect(
                     fetched,
                     base=base,
                     max_rank=given.max_lora_rank or LARGEST_RANK,
+                    follow_links=fetched == wanted.source,
                 )
 
     found = asyncio.run(look())
@@ -100,7 +102,7 @@ def pack(
 
     Example: r3mes-vllm adapter pack ./my-adapter -o my-adapter.car
     """
-    cid = pack_folder(directory, output)
+    cid = pack_folder(directory, output, linked=FILES)
     size = output.stat().st_size
     tell(as_json, {"cid": str(cid), "file": str(output), "bytes": size}, f"{cid} {output} {size}")
 

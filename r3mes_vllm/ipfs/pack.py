@@ -2,10 +2,13 @@
 
 `ipfs add -r --cid-version=1 --raw-leaves --chunker=size-262144`: sha2-256, leaves of 256 KiB,
 balanced trees of 174 links a node; names that begin with a dot are left out.
+
+A link is followed that leads to a file of the directory itself, or of the cache of a model hub in
+which the directory lies (`snapshots/…` into `blobs`): all others would publish what lies elsewhere.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,11 +37,12 @@ class _Tree:
     children: list["_Tree"] = field(default_factory=list)
 
 
-def pack(source: Path, destination: Path) -> CID:
+def pack(source: Path, destination: Path, *, linked: Collection[str] = ()) -> CID:
     """Write the CAR of the directory or file `source` to `destination`; its root CID.
 
-    The CAR appears whole or not at all. Raises AdapterError for links, devices and files that
-    change meanwhile, ConfigError when `destination` is a directory, StorageFull.
+    Links of a name in `linked` are followed to any file. The CAR appears whole or not at all.
+    Raises AdapterError for other links, devices and files that change meanwhile, ConfigError when
+    `destination` is a directory, StorageFull.
     """
     if destination.is_dir():
         raise ConfigError(
@@ -46,7 +50,8 @@ def pack(source: Path, destination: Path) -> CID:
         )
     aside = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
-        tree = _read(source)
+        top = Path(os.path.realpath(source))
+        tree = _Reader(top, linked).read(top)
         with aside.open("wb") as file:
             car.write(file, tree.cid, _blocks(tree, set()))
             file.flush()
@@ -63,23 +68,50 @@ def pack(source: Path, destination: Path) -> CID:
     return tree.cid
 
 
-def _read(path: Path) -> _Tree:
-    if path.is_symlink():
-        raise AdapterError(f"{path} is a symbolic link", hint="pack the file itself")
-    if path.is_file():
-        return _read_file(path)
-    if not path.is_dir():
-        raise AdapterError(f"{path} is neither a file nor a directory")
-    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
-    for entry in entries:
-        if any(0xD800 <= ord(char) <= 0xDFFF for char in entry.name):
-            raise AdapterError(f"the name {entry.name!r} in {path} is not UTF-8", hint="rename it")
-    children = {entry.name: _read(entry) for entry in entries}
-    links = [Link(child.cid, name, child.total) for name, child in children.items()]
-    block = encode_directory(links)
-    # Children in the order of the links, so that a reader meets them depth first.
-    ordered = [children[name] for name in sorted(children, key=str.encode)]
-    return _node(block, ordered)
+class _Reader:
+    """Reads what is to be packed, and decides which links are followed."""
+
+    def __init__(self, top: Path, linked: Collection[str]) -> None:
+        self._top = top
+        self._linked = linked
+        self._homes = [top]
+        for parent in top.parents:
+            if parent.name == "snapshots":
+                self._homes.append(Path(os.path.realpath(parent.parent / "blobs")))
+
+    def read(self, path: Path) -> _Tree:
+        if path.is_symlink():
+            path = self._followed(path)
+        if path.is_file():
+            return _read_file(path)
+        if not path.is_dir():
+            raise AdapterError(f"{path} is neither a file nor a directory")
+        entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+        for entry in entries:
+            if any(0xD800 <= ord(char) <= 0xDFFF for char in entry.name):
+                raise AdapterError(
+                    f"the name {entry.name!r} in {path} is not UTF-8", hint="rename it"
+                )
+        children = {entry.name: self.read(entry) for entry in entries}
+        links = [Link(child.cid, name, child.total) for name, child in children.items()]
+        block = encode_directory(links)
+        # Children in the order of the links, so that a reader meets them depth first.
+        ordered = [children[name] for name in sorted(children, key=str.encode)]
+        return _node(block, ordered)
+
+    def _followed(self, link: Path) -> Path:
+        target = Path(os.path.realpath(link))
+        if not target.is_file():
+            raise AdapterError(
+                f"{link} is a symbolic link that leads to no file",
+                hint="put in its place what it stands for, or remove it",
+            )
+        if link.name not in self._linked and not any(map(target.is_relative_to, self._homes)):
+            raise AdapterError(
+                f"{link} is a symbolic link to {target}, outside of {self._top}",
+                hint="put the file itself in its place, or remove it",
+            )
+        return target
 
 
 def _read_file(path: Path) -> _Tree:
