@@ -3,6 +3,7 @@
     DIR/adapters/CID/    an adapter: its two files and `manifest.json`
     DIR/incoming/CID/    a fetch under way, with what came so far
     DIR/locks/CID        held shared by each lease; its time is that of the last use
+    DIR/paths.json       where paths below CIDs lead
 
 Several processes may share one store: the kernel's file locks end with their process, however
 that dies, and everything appears and goes by a rename.
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 
 from r3mes_vllm.adapters import manifest
+from r3mes_vllm.adapters.paths import Paths
 from r3mes_vllm.errors import AdapterError, BadCID, StorageFull
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.disk import READ_ONLY, bytes_in, disk_errors_are_said
@@ -101,6 +103,7 @@ class Store:
         self._adapters = directory / "adapters"
         self._incoming = directory / "incoming"
         self._locks = directory / "locks"
+        self.paths = Paths(directory / "paths.json")
         self._synchronising: dict[CID, threading.Thread] = {}
         self._beginning = threading.Lock()
         try:
@@ -240,14 +243,17 @@ class Store:
         return dropped
 
     def collect(self) -> int:
-        """Drop what crashes left, and adapters over the quota; the bytes dropped."""
+        """Drop what crashes left, and adapters over the quota; the bytes dropped. Paths to what is
+        not here are forgotten."""
         dropped = 0
         for path in self._incoming.glob(".*"):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _RUBBISH_S:
                     dropped += bytes_in(path)
                     shutil.rmtree(path, ignore_errors=True)
-        return dropped + self.make_room(0)
+        dropped += self.make_room(0)
+        self.paths.collect(lambda cid: (self._adapters / cid).exists())
+        return dropped
 
     def drop_unused(self) -> int:
         """Drop every adapter and partial fetch that nobody uses; the bytes dropped."""

@@ -193,9 +193,13 @@ class Supply:
         """The CID that `path` leads to. Raises IpfsError."""
         if not path.names:
             return path.root
+        if (known := await asyncio.to_thread(self._store.paths.get, path)) is not None:
+            return known
         with self._store.scratch() as scratch:
             sources = self._sources_of(path.root)
-            return await resolve(path, scratch, sources=sources, limits=self._limits)
+            found = await resolve(path, scratch, sources=sources, limits=self._limits)
+        await asyncio.to_thread(self._store.paths.remember, path, found)
+        return found
 
     def fetched_bytes(self) -> dict[tuple[str, str], int]:
         """Of verified blocks, by kind of source and, of those that the operator named, host."""

@@ -10,7 +10,7 @@ import multibase
 import pytest
 from safetensors.numpy import save_file
 
-from r3mes_vllm.adapters import shipped, supply, vetting
+from r3mes_vllm.adapters import paths, shipped, supply, vetting
 from r3mes_vllm.adapters.manifest import MANIFEST
 from r3mes_vllm.adapters.model_shape import ModelShape
 from r3mes_vllm.adapters.store import Store
@@ -210,6 +210,50 @@ async def test_a_path_inside_a_cid(store: Store, tmp_path: Path) -> None:
         for wrong, error in (("a/x", "no a/x in"), (f"c/{CONFIG}/d", "is a file")):
             with pytest.raises(BadDAG, match=error):
                 await supply.obtain(IpfsPath.parse(f"{published.root}/{wrong}"))
+
+
+async def test_where_a_path_leads_is_known_without_its_source(store: Store, tmp_path: Path) -> None:
+    tiny.make_adapter(tmp_path / "outer" / "a", seed=3)
+    tiny.make_adapter(tmp_path / "outer" / "b", seed=4)
+    published = gateway.packed(tmp_path / "outer")
+    wanted = [IpfsPath.parse(f"{published.root}/{name}") for name in "ab"]
+    async with gateway.listening(gateway.Gateway(published)) as source:
+        one = Supply(store, ipfs_api=NOWHERE, gateways=[source.name])
+        got = await asyncio.gather(*map(one.obtain, wanted))
+    for path, it in zip(wanted, got, strict=True):
+        again = await supplied(store).obtain(path)
+        assert (again.cid, again.fetched) == (it.cid, False)
+        again.lease.release()
+    got[0].lease.release()
+    store.collect()
+    store.drop_unused()
+    assert store.paths.get(wanted[0]) == got[0].cid
+    store.collect()
+    assert store.paths.get(wanted[0]) is None
+    assert store.paths.get(wanted[1]) == got[1].cid
+
+
+@pytest.mark.parametrize("left", [b"", b"[]", b'{"CID/a": 1}', b'{"CID/a": "no"}', b"\xff"])
+def test_what_became_of_the_known_paths_is_no_reason_to_fail(
+    store: Store, left: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, path = store.directory / "paths.json", IpfsPath(CID.of(RAW, b"x"), ("a",))
+    file.write_bytes(left.replace(b"CID", str(path.root).encode()))
+    assert store.paths.get(path) is None
+    store.paths.remember(path, path.root)
+    assert store.paths.get(path) == path.root
+    monkeypatch.setattr(paths, "_MOST", 3)
+    for number in range(5):
+        store.paths.remember(IpfsPath(path.root, (str(number),)), path.root)
+    assert store.paths.get(path) is None
+    assert store.paths.get(IpfsPath(path.root, ("4",))) == path.root
+
+    def fails(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.replace", fails)
+    store.paths.remember(path, path.root)
+    assert store.paths.get(path) is None
 
 
 @pytest.mark.parametrize("data", [b"", b"not a car at all"])
