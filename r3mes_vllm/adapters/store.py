@@ -169,8 +169,8 @@ class Store:
         with scratch as folder:
             yield Path(folder)
 
-    def commit(self, cid: CID, vetted: Path, notes: Sequence[str] = ()) -> None:
-        """Move the two files of the vetted adapter in; whatever else came with it is dropped.
+    def commit(self, cid: CID, vetted: Path, notes: Sequence[str] = ()) -> Lease:
+        """Move the two files of the vetted adapter in, held; whatever else came is dropped.
 
         After a crash the adapter is there as a whole or not at all; after a power cut too, which
         may take one that came in the last seconds. Raises StorageFull when the quota leaves no
@@ -192,9 +192,16 @@ class Store:
             for name in manifest.FILES:
                 os.rename(vetted / name, aside / name)
             manifest.write(aside, str(cid), notes)
-            os.rename(aside, self._adapters / str(cid))
+            fd = self._open_lock(cid)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)  # else it may go before anybody can lease it
+                os.rename(aside, self._adapters / str(cid))
+            except BaseException:
+                os.close(fd)
+                raise
         self._begin_synchronising(cid)
         shutil.rmtree(incoming, ignore_errors=True)
+        return Lease(self._adapters / str(cid), tuple(notes), fd)
 
     def discard(self, cid: CID) -> None:
         """Forget a fetch: nothing of it is kept."""
@@ -289,7 +296,7 @@ class Store:
         except OSError as error:
             if error.errno not in READ_ONLY:
                 with suppress(AdapterError):  # a disk that failed may only be read from then on
-                    self._drop_adapter(cid)
+                    self._drop_adapter(cid, wait_s=_PROBES_S)
         finally:
             self._synchronising.pop(cid, None)
 

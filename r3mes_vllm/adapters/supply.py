@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from r3mes_vllm.adapters import shipped
@@ -36,6 +37,7 @@ from r3mes_vllm.ipfs.sources import BlocksSource, CarSource, GatewaySource, Kubo
 from r3mes_vllm.ipfs.tree import Limits
 from r3mes_vllm.settings import Settings
 
+LeaseT = TypeVar("LeaseT", Lease, Lease | None)
 ProgressCall = Callable[[Progress], None]
 
 TURN_S = 60.0
@@ -63,7 +65,9 @@ class Obtained:
 class _Flight:
     """One fetch, and how many wait for it."""
 
-    task: asyncio.Task[None]
+    task: asyncio.Task[Lease]
+    """What it gives is released when the last of them has a lease of its own."""
+    sources: Sequence[Source]
     watchers: list[ProgressCall]
     waiting: int = 0
 
@@ -146,8 +150,7 @@ class Supply:
         cid = await self.resolve(where) if isinstance(where, IpfsPath) else where
         held = await self._held(cid)
         if held is None:
-            await self._fetched_once(cid, self._sources_of(cid), progress)
-            held = await self._held_now(cid)
+            held = await self._fetched_once(cid, self._sources_of(cid), progress)
         if self._pin:
             self.pins.begin(cid)
         return held
@@ -186,8 +189,7 @@ class Supply:
     async def _import_car(self, cid: CID, source: Source) -> Obtained:
         if (held := await self._held(cid)) is not None:
             return held
-        await self._fetched_once(cid, [source], None)
-        return await self._held_now(cid)
+        return await self._fetched_once(cid, [source], None)
 
     async def resolve(self, path: IpfsPath) -> CID:
         """The CID that `path` leads to. Raises IpfsError."""
@@ -213,7 +215,7 @@ class Supply:
         return [*known, *self._sources]
 
     async def _held(self, cid: CID) -> Obtained | None:
-        lease = await asyncio.to_thread(self._store.lease, cid)
+        lease = await _taken(self._store.lease, cid)
         if lease is None:
             return None
         try:
@@ -225,43 +227,46 @@ class Supply:
         noted = replace(facts, notes=lease.notes)
         return Obtained(cid, lease, noted, fetched=False)
 
-    async def _held_now(self, cid: CID) -> Obtained:
-        held = await self._held(cid)
-        if held is None:
-            raise AdapterError(
-                f"{cid} was removed from the store right after it was fetched",
-                hint="raise --cache-size",
-            )
-        return replace(held, fetched=True)
-
     async def _fetched_once(
         self, cid: CID, sources: Sequence[Source], progress: ProgressCall | None
-    ) -> None:
+    ) -> Obtained:
         """One caller's cancellation is its own; the last one's ends the fetch."""
-        flight = self._flights.get(cid)
-        if flight is None:
-            if len(self._flights) >= self._waiting:
-                raise AdapterNotReady(
-                    f"{len(self._flights)} adapters are being fetched already",
-                    hint="try again later",
-                )
-            watchers: list[ProgressCall] = []
-            task = asyncio.create_task(self._fetch(cid, sources, watchers))
-            self._flights[cid] = flight = _Flight(task, watchers)
-            task.add_done_callback(lambda _: self._land(cid, flight))
+        flight = self._flights.get(cid) or self._take_off(cid, sources)
         if progress:
             flight.watchers.append(progress)
         flight.waiting += 1
         try:
             await asyncio.shield(flight.task)
+            held = await self._held(cid)
         finally:
             flight.waiting -= 1
             if progress:
                 flight.watchers.remove(progress)
-            if not flight.waiting and not flight.task.done():
+            if not flight.waiting:
                 self._land(cid, flight)
-                flight.task.cancel()
-                await asyncio.wait({flight.task})
+                if flight.task.done():
+                    _give_back(flight.task)
+                else:
+                    flight.task.add_done_callback(_give_back)
+                    flight.task.cancel()
+                    await asyncio.wait({flight.task})
+        if held is None:
+            raise AdapterError(
+                f"{cid} is not whole in the store right after it was fetched",
+                hint="is the disk sound? r3mes-vllm adapter verify",
+            )
+        return replace(held, fetched=True)
+
+    def _take_off(self, cid: CID, sources: Sequence[Source]) -> _Flight:
+        if len(self._flights) >= self._waiting:
+            raise AdapterNotReady(
+                f"{len(self._flights)} adapters are being fetched already", hint="try again later"
+            )
+        watchers: list[ProgressCall] = []
+        task = asyncio.create_task(self._fetch(cid, sources, watchers))
+        self._flights[cid] = flight = _Flight(task, sources, watchers)
+        task.add_done_callback(lambda _: self._land(cid, flight))
+        return flight
 
     def _land(self, cid: CID, flight: _Flight) -> None:
         """Nobody joins it any more. Another may be under way while a cancelled one ends."""
@@ -270,15 +275,14 @@ class Supply:
 
     async def _fetch(
         self, cid: CID, sources: Sequence[Source], watchers: Sequence[ProgressCall]
-    ) -> None:
+    ) -> Lease:
         def tell(progress: Progress) -> None:
             for watcher in tuple(watchers):
                 watcher(progress)
 
         async with self._turn(), self._store.incoming(cid) as folder:
-            if (lease := await asyncio.to_thread(self._store.lease, cid)) is not None:
-                lease.release()  # another process was quicker
-                return
+            if (lease := await _taken(self._store.lease, cid)) is not None:
+                return lease  # another process was quicker
             try:
                 fetched = await self._fetch_into(folder, cid, sources, tell)
                 began = time.monotonic()
@@ -287,7 +291,7 @@ class Supply:
                     facts = await self._vet(adapter, RULES)
                     self.timed("vet", time.monotonic() - began)
                     noted = (*notes, *facts.notes)
-                    await asyncio.to_thread(self._store.commit, cid, adapter, noted)
+                    return await _taken(self._store.commit, cid, adapter, noted)
             except (AdapterRefused, BadArchive, BadDAG, ContentTooLarge, DiskFull):
                 # What came of one that the disk has no room for would leave none to others.
                 await asyncio.to_thread(self._store.discard, cid)
@@ -328,3 +332,19 @@ class Supply:
 
 def _is_content(path: Path) -> bool:
     return path.is_file() and (archive.kind(path) is not None or path.name.endswith(".safetensors"))
+
+
+async def _taken(take: Callable[..., LeaseT], *args: object) -> LeaseT:
+    """What is leased on a thread; released if nobody waits for it any more."""
+    taking = asyncio.ensure_future(asyncio.to_thread(take, *args))
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+        taking.add_done_callback(_give_back)
+        await asyncio.wait({taking})
+        raise
+
+
+def _give_back(taking: asyncio.Future[Any]) -> None:
+    if not taking.cancelled() and taking.exception() is None and (lease := taking.result()):
+        lease.release()

@@ -16,7 +16,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from pathlib import Path
 from aiohttp import web
 
 from r3mes_vllm.adapters import manifest
-from r3mes_vllm.adapters.store import Damaged, Store
+from r3mes_vllm.adapters.store import Damaged, Lease, Store
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
 from r3mes_vllm.ipfs import car
@@ -103,7 +103,7 @@ def run(folder: Path, kills: int, seed: int) -> tuple[dict[str, int], list[str]]
     return found, wrong
 
 
-def _commit_in_place(self: Store, cid: CID, vetted: Path, notes: object = ()) -> None:
+def _commit_in_place(self: Store, cid: CID, vetted: Path, notes: Sequence[str] = ()) -> Lease:
     into = self._adapters / str(cid)
     into.mkdir(exist_ok=True)
     files = {name: manifest.measured(vetted / name) for name in (CONFIG, WEIGHTS)}
@@ -114,6 +114,9 @@ def _commit_in_place(self: Store, cid: CID, vetted: Path, notes: object = ()) ->
             while data := source.read(1 << 16):
                 target.write(data)
                 time.sleep(0.001)
+    lease = self.lease(cid)
+    assert lease
+    return lease
 
 
 def wrong_in(store: Store, adapter: Path) -> list[str]:

@@ -37,7 +37,7 @@ def put(store: Store, number: int, size: int = MIB) -> CID:
             (files / CONFIG).write_text("{}")
             (files / WEIGHTS).write_bytes(os.urandom(size))
             (files / "evil.py").write_text("kept out")
-            store.commit(cid(number), files, ["a note"])
+            store.commit(cid(number), files, ["a note"]).release()
 
     asyncio.run(run())
     store.synchronise()

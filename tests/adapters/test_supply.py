@@ -3,8 +3,10 @@
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import multibase
 import pytest
@@ -13,7 +15,7 @@ from safetensors.numpy import save_file
 from r3mes_vllm.adapters import paths, shipped, supply, vetting
 from r3mes_vllm.adapters.manifest import MANIFEST
 from r3mes_vllm.adapters.model_shape import ModelShape
-from r3mes_vllm.adapters.store import Store
+from r3mes_vllm.adapters.store import Lease, Store
 from r3mes_vllm.adapters.supply import Obtained, Supply
 from r3mes_vllm.adapters.vetting import CONFIG, WEIGHTS
 from r3mes_vllm.errors import (
@@ -398,6 +400,60 @@ async def test_who_comes_while_a_cancelled_fetch_ends_shares_the_next(
             await task
     assert len(fetches) == 2
     assert not one._flights
+
+
+async def test_what_was_just_fetched_is_not_dropped_before_it_is_leased(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process, at the worst moments."""
+    adapter, other = tiny.make_adapter(tmp_path / "mine", seed=3), Store(store.directory)
+    commit, lease = Store.commit, Store.lease
+
+    def committed(self: Store, *given: Any) -> Lease:
+        taken = commit(self, *given)
+        other.drop_unused()
+        return taken
+
+    def leased(self: Store, cid: CID) -> Lease | None:
+        other.drop_unused()
+        return lease(self, cid)
+
+    monkeypatch.setattr(Store, "commit", committed)
+    monkeypatch.setattr(Store, "lease", leased)
+    one = supplied(store)
+    got = await asyncio.gather(*(one.import_path(adapter) for _ in range(3)))
+    assert all(files(it.path) for it in got)
+    for it in got:
+        assert store.stored()[0].in_use
+        it.lease.release()
+    assert not store.stored()[0].in_use
+
+
+async def test_a_lease_that_nobody_waits_for_any_more_is_released(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got = await supplied(store).import_path(tiny.make_adapter(tmp_path / "mine", seed=3))
+    got.lease.release()
+    asked, go_on, taken = (threading.Event() for _ in range(3))
+    lease = Store.lease
+
+    def leased(self: Store, cid: CID) -> Lease | None:
+        asked.set()
+        go_on.wait(10)
+        held = lease(self, cid)
+        taken.set()
+        return held
+
+    monkeypatch.setattr(Store, "lease", leased)
+    other = Supply(Store(store.directory), ipfs_api=NOWHERE, gateways=[])
+    wanted = asyncio.create_task(other.obtain(got.cid))
+    await until(asked.is_set)
+    wanted.cancel()
+    asyncio.get_running_loop().call_later(0.05, go_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await wanted
+    await until(taken.is_set)
+    assert store.drop_unused() > 0
 
 
 def test_a_cache_that_can_not_be_written_is_said(tmp_path: Path) -> None:
