@@ -22,9 +22,13 @@ from r3mes_vllm.errors import (
     AdapterNotReady,
     AdapterRefused,
     BadArchive,
+    BadCAR,
     BadDAG,
+    BlockMismatch,
+    ContentNotFound,
     ContentTooLarge,
     DiskFull,
+    SourceFailed,
 )
 from r3mes_vllm.ipfs import archive, car
 from r3mes_vllm.ipfs.cid import CID
@@ -42,6 +46,9 @@ ProgressCall = Callable[[Progress], None]
 
 TURN_S = 60.0
 """A source that sends a kilobyte a second could else hold a place for `fetch_timeout`."""
+
+_OF_THE_SOURCES = (ContentNotFound, BlockMismatch, BadCAR, SourceFailed)
+"""What others may not fail of."""
 
 _KINDS = {BlocksSource: "blocks", KuboSource: "daemon", GatewaySource: "gateway"}
 
@@ -67,7 +74,8 @@ class _Flight:
 
     task: asyncio.Task[Lease]
     """What it gives is released when the last of them has a lease of its own."""
-    sources: Sequence[Source]
+    sources: Sequence[str]
+    """Their names."""
     watchers: list[ProgressCall]
     waiting: int = 0
 
@@ -230,8 +238,17 @@ class Supply:
     async def _fetched_once(
         self, cid: CID, sources: Sequence[Source], progress: ProgressCall | None
     ) -> Obtained:
+        """With who has begun to; if that fails, from these sources, if they are others."""
+        mine = [it.name for it in sources]
+        while (flight := self._flights.get(cid)) is not None and flight.sources != mine:
+            try:
+                return await self._aboard(cid, flight, progress)
+            except _OF_THE_SOURCES:
+                continue
+        return await self._aboard(cid, flight or self._take_off(cid, sources), progress)
+
+    async def _aboard(self, cid: CID, flight: _Flight, progress: ProgressCall | None) -> Obtained:
         """One caller's cancellation is its own; the last one's ends the fetch."""
-        flight = self._flights.get(cid) or self._take_off(cid, sources)
         if progress:
             flight.watchers.append(progress)
         flight.waiting += 1
@@ -264,7 +281,7 @@ class Supply:
             )
         watchers: list[ProgressCall] = []
         task = asyncio.create_task(self._fetch(cid, sources, watchers))
-        self._flights[cid] = flight = _Flight(task, sources, watchers)
+        self._flights[cid] = flight = _Flight(task, [it.name for it in sources], watchers)
         task.add_done_callback(lambda _: self._land(cid, flight))
         return flight
 

@@ -14,7 +14,8 @@ from r3mes_vllm.errors import AdapterError
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.tree import Limits
 from tests import tiny
-from tests.adapters.test_supply import NOWHERE, supplied, until
+from tests.adapters.test_flights import until
+from tests.adapters.test_supply import NOWHERE, supplied
 from tests.peers.js_ipfs import JsIpfs
 
 
