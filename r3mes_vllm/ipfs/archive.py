@@ -200,6 +200,7 @@ def _zip_members(path: Path) -> Iterator[_Member]:
 def _write(members: Iterable[_Member], folder: Path, limits: Limits) -> None:
     left, count = limits.bytes, 0
     taken: dict[tuple[str, ...], bool] = {}  # by folded names; True for a file
+    spelled: dict[tuple[str, ...], str] = {}
     for text, size, content in members:
         count += 1
         if count > limits.files:
@@ -212,7 +213,8 @@ def _write(members: Iterable[_Member], folder: Path, limits: Limits) -> None:
         written = [taken.get(key[:depth]) for depth in range(1, len(key))]
         here = taken.get(key)
         if True in written or here or (here is False and content is not None):
-            raise BadArchive(f"the name {text[:80]!r} stands twice")
+            raise BadArchive(names.clash(text, spelled.get(key, text)))
+        spelled[key] = text
         for depth in range(1, len(key) + (content is None)):
             if key[:depth] not in taken:
                 count += depth < len(key)

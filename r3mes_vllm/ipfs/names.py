@@ -17,3 +17,13 @@ def check_name(name: str, *, longest: int) -> None:
 def folded(name: str) -> str:
     """Equal for names that are one file on some disks."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def clash(name: str, other: str) -> str:
+    """What is wrong with two names that are `folded` the same."""
+    if name == other:
+        return f"the name {name[:80]!r} stands twice"
+    return (
+        f"the name {name[:80]!r} differs only by case or Unicode form from {other[:80]!r}: "
+        "on some disks the two are one file"
+    )

@@ -47,7 +47,8 @@ class Limits:
 class _Directory:
     path: Path
     depth: int
-    names: set[str] = field(default_factory=set)
+    names: dict[str, str] = field(default_factory=dict)
+    """By their folded form."""
     shards: set[CID] = field(default_factory=set)
 
 
@@ -282,8 +283,8 @@ class Tree:
             except ValueError as error:
                 raise BadDAG(f"{cid}: {error}") from error
             if (folded := names.folded(name)) in directory.names:
-                raise BadDAG(f"{cid}: the name {name!r} stands twice")
-            directory.names.add(folded)
+                raise BadDAG(f"{cid}: {names.clash(name, directory.names[folded])}")
+            directory.names[folded] = name
             self._want(link.cid, _Entry(directory.path / name, directory.depth + 1))
 
     def _fill(

@@ -98,18 +98,25 @@ def test_with_the_check_off_such_a_name_would_be_written(
 
 @MAKERS
 @pytest.mark.parametrize(
-    "twins",
-    [("a", "a"), ("a", "A"), ("é", "e\u0301"), ("a/b", "A/B"), ("a", "a/b"), ("a/b", "a")],
+    ("twins", "said"),
+    [
+        (("a", "a"), "'a' stands twice"),
+        (("readme.md", "README.md"), r"'README\.md' differs only by case .* from 'readme\.md'"),
+        (("é", "e\u0301"), "differs only"),
+        (("a/b", "A/B"), "differs only"),
+        (("a", "a/b"), "'a/b' stands twice"),
+        (("a/b", "a"), "'a' stands twice"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_that_are_one_file_are_refused(
-    make: Make, twins: tuple[str, str], tmp_path: Path
+    make: Make, twins: tuple[str, str], said: str, tmp_path: Path
 ) -> None:
     refused(
         make(tmp_path / "x", dict.fromkeys(twins, b"1"))
         if twins[0] != twins[1]
         else _doubled(make, tmp_path / "x"),
-        match="twice",
+        match=said,
     )
 
 

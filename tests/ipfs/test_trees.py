@@ -125,6 +125,20 @@ async def test_a_hostile_tree_is_refused(
     assert not (tmp_path / "into").exists()
 
 
+@pytest.mark.parametrize(
+    ("twins", "said"),
+    [
+        (("a", "a"), "'a' stands twice"),
+        (("README.md", "readme.md"), r"'readme\.md' differs only by case .* from 'README\.md'"),
+    ],
+)
+async def test_which_two_names_clash_is_said(
+    tmp_path: Path, twins: tuple[str, str], said: str
+) -> None:
+    with pytest.raises(BadDAG, match=said):
+        await fetched(tmp_path, [directory(*((name, LEAF[0]) for name in twins)), LEAF])
+
+
 async def test_inline_data_shards_and_empty_files_are_read(tmp_path: Path) -> None:
     inline = CID(RAW, 0, b"inside the CID")
     empty, in_file = raw(b""), node([], b"\x08\x02\x12\x02hi\x18\x02")
