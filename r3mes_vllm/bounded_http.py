@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from r3mes_vllm.plain_http import PlainProtocol
 from r3mes_vllm.request_id import HEADER, RequestIds, tame
 
 _LINGER_S = 1.0
 _SWALLOW_S = 2.0
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(PlainProtocol):
     """408 for a head that takes over `head_seconds` from the connection's or the request's first
     byte, 431 for one of over `head_bytes`."""
 
