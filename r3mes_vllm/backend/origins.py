@@ -13,7 +13,6 @@ from r3mes_vllm.cross_site import Pages, names
 from r3mes_vllm.keys import Keys, presented
 from r3mes_vllm.settings import Settings
 
-_MAY_SEND = ("Authorization", "Content-Type", "X-API-Key", "X-Adapter", "X-Wallet-Address")
 _MAY_READ = (
     *("X-R3MES-Adapter", "X-R3MES-CID", "X-R3MES-Node"),
     *("X-R3MES-Fallback", "X-R3MES-Fallback-Model", "X-Request-Id", "Retry-After"),
@@ -21,13 +20,14 @@ _MAY_READ = (
 
 
 def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
-    """Cookies are not sent along: a key comes in a header, which the page has to know."""
+    """With whatever headers a page sends, of which OpenAI's client has many. Cookies are not sent
+    along: a key comes in a header, which the page has to know."""
     if origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=_MAY_SEND,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
             expose_headers=_MAY_READ,
         )
 

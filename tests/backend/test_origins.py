@@ -143,6 +143,31 @@ async def test_a_name_that_was_led_to_loopback_reads_nothing(start_backend: Star
         assert (await network.http.get("/", headers=rebound)).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,"
+        "x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,"
+        "x-stainless-runtime-version,x-stainless-timeout,openai-organization,openai-project",
+        "authorization, x-adapter, x-wallet-address, x-request-id, traceparent",
+    ],
+    ids=["openai-js", "others"],
+)
+async def test_a_page_of_a_named_origin_sends_what_headers_it_likes(
+    start_backend: StartBackend, names: str
+) -> None:
+    network = await start_backend(cors_origins=[PAGE])
+    preflight = PREFLIGHT | {"Access-Control-Request-Headers": names}
+    answer = await network.http.options("/v1/chat/completions", headers=preflight)
+    assert answer.status_code == 200
+    allowed_names = answer.headers["access-control-allow-headers"].split(",")
+    assert {it.strip().lower() for it in allowed_names} >= {it.strip() for it in names.split(",")}
+    preflight["Origin"] = "https://page.example.evil"
+    other = await network.http.options("/v1/chat/completions", headers=preflight)
+    assert other.status_code == 400
+    assert "access-control-allow-origin" not in other.headers
+
+
 @pytest.mark.parametrize("origin", ["*", "page.example", PAGE + "/", PAGE + "/x", "null", ""])
 def test_what_is_no_origin_is_refused(origin: str) -> None:
     with pytest.raises(ConfigError, match="cors_origins"):
