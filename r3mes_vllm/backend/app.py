@@ -30,6 +30,7 @@ from r3mes_vllm.backend.origins import KeepOut, allow_origins
 from r3mes_vllm.backend.prover import Prover
 from r3mes_vllm.backend.rates import Rates
 from r3mes_vllm.backend.registry import Registry
+from r3mes_vllm.backend.spelling import Spelled
 from r3mes_vllm.backend.state import Backend, Clock
 from r3mes_vllm.keys import Keys
 from r3mes_vllm.request_id import RequestIds, surround
@@ -122,7 +123,7 @@ def create_app(
     app.add_middleware(KeepOut, settings=settings, keys=(keys, admin_keys))
     app.add_middleware(Measured, metrics=metrics)
     allow_origins(app, settings.cors_origins)
-    surround(app, RequestIds)
+    surround(app, lambda whole: RequestIds(Spelled(whole)))
     for router in (
         adapters.router,
         network.router,

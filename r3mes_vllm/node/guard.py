@@ -106,7 +106,8 @@ def refuse_open_door(settings: Settings) -> None:
 
 
 def asked_of(scope: Scope) -> tuple[str, str, str]:
-    """The method and the route, as they may stand in the table, and the path."""
+    """The method and the route, as they may stand in the table, and the path. HEAD is a GET whose
+    answer's body the server leaves out."""
     # The existing backend calls an endpoint that has a trailing slash as `//chat`.
     path = "/" + scope["path"].lstrip("/")
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
@@ -140,7 +141,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         method, route, path = asked_of(scope)
-        scope = {**scope, "path": path, "raw_path": path.encode()}
+        scope = {**scope, "method": method, "path": path, "raw_path": path.encode()}
         access = self._routes.get((method, route))
         if access is None:
             await self._refuse_route(method, route)(scope, receive, send)

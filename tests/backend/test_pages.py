@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from r3mes_vllm import __version__
 from tests.backend.conftest import StartNode
 from tests.backend.signing import until
@@ -28,6 +30,17 @@ async def test_it_is_ready_while_its_database_answers(network: Network, tmp_path
     assert well.status_code == 200
     assert well.json()["nodes"] == 1
     assert well.json()["database_down_since"] == "2026-01-01T00:00:00Z"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/", "/metrics", "/v1/models"])
+async def test_head_is_answered_as_get_without_a_body(network: Network, path: str) -> None:
+    got, head = await network.http.get(path), await network.http.head(path)
+    assert (got.status_code, head.status_code) == (200, 200)
+    assert head.content == b""
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+    assert (await network.http.head("/chat")).status_code == 405
+    assert (await network.http.head("/nothing")).status_code == 404
 
 
 async def test_the_metrics_have_few_labels_whoever_asks_what(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -11,6 +12,7 @@ from starlette.routing import Route
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.node.guard import Guard, needs_key, refuse_open_door
 from r3mes_vllm.settings import Settings, load
+from tests.backend.stand_ins import serving
 
 CLIENT, ADMIN = "client-key", "admin-key"
 PATHS = ["/health", "/ready", "/chat", "/v1/models", "/adapters", "/metrics", "/invocations"]
@@ -108,6 +110,21 @@ async def test_other_spellings_of_a_path_are_not_listed(path: str) -> None:
         answer = await client.post(path)
     assert answer.status_code in (404, 405, 401)
     assert answer.text != "through"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics"])
+async def test_head_is_answered_as_get_without_a_body(path: str) -> None:
+    app = FastAPI()
+
+    @app.get(path)
+    async def answer() -> str:
+        return "through"
+
+    async with serving(Guard(app, load())) as url, httpx.AsyncClient() as client:
+        got, head = await client.get(url + path), await client.head(url + path)
+        assert (got.status_code, head.status_code) == (200, 200)
+        assert (head.content, head.headers["content-length"]) == (b"", str(len(got.content)))
+        assert (await client.head(f"{url}/chat")).status_code == 405
 
 
 async def test_the_wrong_method_says_the_right_one() -> None:
