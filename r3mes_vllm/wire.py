@@ -7,7 +7,7 @@ additive and optional, and unknown fields of a newer peer are ignored.
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from r3mes_vllm.signatures import KEY_PATTERN, SIGNATURE_PATTERN
 
@@ -157,7 +157,7 @@ class NodeList(Wire):
 
 
 class ChatRequest(BaseModel):
-    """`POST /chat`, at the node and at the backend."""
+    """`POST /chat`, at the node and at the backend. A null is as good as nothing."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -172,6 +172,13 @@ class ChatRequest(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def adapter(self) -> str | None:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from r3mes_vllm.backend.bodies import API_BODY_LIMIT, INFERENCE_BODY_LIMIT, MOST_VALUES
+from r3mes_vllm.wire import ChatRequest
 from tests.backend.conftest import StartNode
 from tests.backend.stand_ins import LEGAL_CID, PATIENCE_S, Network, StandIn, wallet
 
@@ -165,6 +166,18 @@ async def test_a_wrong_field_is_named(network: Network) -> None:
         assert field in error["message"], what
     assert (await network.http.get("/api/lora/list")).json() == []
     assert await network.wallets() == []
+
+
+async def test_a_null_of_a_chat_is_as_good_as_nothing(
+    network: Network, start_node: StartNode
+) -> None:
+    await network.register(await start_node(StandIn()), "legal")
+    nothing = dict.fromkeys(ChatRequest.model_fields)
+    for field, value in (("message", "hi"), ("messages", [{"role": "user", "content": "hi"}])):
+        answer = await network.http.post("/chat", json=nothing | {field: value})
+        assert answer.status_code == 200, answer.text
+    refused = await network.http.post("/chat", json=nothing)
+    assert (refused.status_code, refused.json()["error"]["field"]) == (422, "message")
 
 
 async def test_a_missing_field_is_named(network: Network) -> None:
