@@ -43,6 +43,22 @@ async def ask(network: Network, **body: Any) -> httpx.Response:
     return await network.http.post("/chat", json={"message": "hi"} | body)
 
 
+async def test_slashes_in_front_of_a_path_count_as_one(
+    network: Network, start_node: StartNode
+) -> None:
+    node = StandIn()
+    await network.register(await start_node(node), "legal")
+    body = {"message": "hi", "model": "legal", "messages": [{"role": "user", "content": "hi"}]}
+    for path in ("/chat", "/v1/chat/completions", "/v1/completions"):
+        answer = await network.http.post(f"{network.url}/{path}", json=body)
+        assert answer.status_code == 200, path
+        assert node.seen[-1].path == path
+    for path in ("//v1/models", "///health", "//"):
+        assert (await network.http.get(network.url + path)).status_code == 200, path
+    missing = await network.http.get(f"{network.url}//v1//models")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+
+
 async def test_the_named_adapter_is_asked_of_a_node_that_holds_it(
     network: Network, start_node: StartNode
 ) -> None:
