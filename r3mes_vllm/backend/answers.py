@@ -10,9 +10,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from r3mes_vllm import content_encoding
 from r3mes_vllm.backend.refusals import (
     BadInput,
     DatabaseDown,
+    Encoded,
     NoRoom,
     TooLarge,
     TooSlow,
@@ -66,6 +68,8 @@ def _openai_type(status: int) -> str:
 def _headers(error: R3mesError) -> dict[str, str]:
     retry_after = getattr(error, "retry_after", None)
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    if isinstance(error, Encoded):
+        headers |= content_encoding.ACCEPTED
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = error.scheme
     if isinstance(error, TooLarge | TooSlow | NoRoom):

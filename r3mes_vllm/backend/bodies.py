@@ -8,8 +8,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from r3mes_vllm import strict_json
-from r3mes_vllm.backend.refusals import BadInput, Malformed, NoRoom, TooLarge, TooSlow
+from r3mes_vllm import content_encoding, strict_json
+from r3mes_vllm.backend.refusals import BadInput, Encoded, Malformed, NoRoom, TooLarge, TooSlow
 from r3mes_vllm.bounded_http import swallow
 from r3mes_vllm.strict_json import Json, any_string
 from r3mes_vllm.validation import words
@@ -48,13 +48,16 @@ class Room:
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The request's body, which has its room until `Kept` gives it back. Raises TooLarge past
-    `limit` bytes, before reading them if it can; TooSlow and NoRoom."""
+    `limit` bytes, before reading them if it can; TooSlow, NoRoom, and Encoded once it is read."""
     try:
-        return await _read(request, limit, request.app.state.room)
+        body = await _read(request, limit, request.app.state.room)
     except (TooLarge, NoRoom):
         if "expect" not in request.headers:  # such a client waits to be told whether to send
             await swallow(request.receive)
         raise
+    if problem := content_encoding.objection(request.headers):
+        raise Encoded(problem, field="Content-Encoding")
+    return body
 
 
 async def _read(request: Request, limit: int, room: Room) -> bytes:

@@ -4,6 +4,7 @@ R3mesError
 ├── BadInput            the client's mistake; `field` says where
 │   ├── Malformed       the body is not what its content type promises
 │   ├── Unresolved      a host's name that can't be looked up now: it may be right
+│   ├── Encoded         a body that is packed
 │   ├── TooLarge        more bytes than a body may have
 │   └── TooSlow         a body that takes too long to come
 ├── Unauthorized        no key, or a wrong one
@@ -24,6 +25,7 @@ R3mesError
 
 from typing import ClassVar
 
+from r3mes_vllm import content_encoding
 from r3mes_vllm.errors import R3mesError
 
 
@@ -41,6 +43,11 @@ class BadInput(R3mesError):
 class Malformed(BadInput):
     code = "malformed"
     status = 400
+
+
+class Encoded(BadInput):
+    code = content_encoding.CODE
+    status = 415
 
 
 class Unresolved(BadInput):

@@ -7,6 +7,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from r3mes_vllm import content_encoding
 from r3mes_vllm.bounded_http import swallow
 from r3mes_vllm.node import bodies
 from r3mes_vllm.node.load import INFERENCE, Load
@@ -16,7 +17,8 @@ from r3mes_vllm.settings import Settings
 
 class Limits:
     """ASGI middleware: 413 for a body that is too large, 408 for one that takes too long to come,
-    503 when as many requests are at work as may be, or the node is ending."""
+    415 for one that is packed, 503 when as many requests are at work as may be, or the node is
+    ending."""
 
     def __init__(self, app: ASGIApp, settings: Settings, load: Load) -> None:
         self._app = app
@@ -66,8 +68,13 @@ class Limits:
                 path, 408, "too_slow", f"the body took over {self._seconds:g} s to come"
             )
         else:
-            if body is not None:
-                await self._app(scope, bodies.Replay(body, receive), send)
+            if body is None:
+                return
+            app: ASGIApp = self._app
+            if problem := content_encoding.objection(headers):
+                app = refusal(path, 415, content_encoding.CODE, problem)
+                app.headers.update(content_encoding.ACCEPTED)
+            await app(scope, bodies.Replay(body, receive), send)
             return
         response.headers["connection"] = "close"
         await response(scope, receive, send)

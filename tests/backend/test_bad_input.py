@@ -1,6 +1,7 @@
 """A client's mistake is a 4xx that says where it is, whatever the route; never a 5xx."""
 
 import asyncio
+import gzip
 import json
 from typing import Any
 from urllib.parse import urlsplit
@@ -248,6 +249,26 @@ async def test_a_wrong_query_is_named(network: Network, query: str) -> None:
     answer = await network.http.get(f"/api/serving-node/list?{query}")
     error = assert_refused("/api", answer.status_code, answer.json(), query)
     assert error["field"] == query.partition("=")[0]
+
+
+async def test_a_body_that_is_packed_is_refused_by_its_header(
+    network: Network, start_node: StartNode
+) -> None:
+    await network.register(await start_node(StandIn()), "legal")
+    for path, body in GOOD.items():
+        content = json.dumps(body).encode()
+        for encoding in ("gzip", "identity, br"):
+            packed = await network.http.post(
+                path, content=gzip.compress(content), headers={"Content-Encoding": encoding}
+            )
+            assert (packed.status_code, packed.headers["accept-encoding"]) == (415, "identity")
+            error = assert_refused(path, 415, packed.json(), path)
+            assert error["code"] == "unsupported_encoding"
+            assert "Content-Encoding" in error["message"]
+    plain = await network.http.post(
+        "/chat", json=GOOD["/chat"], headers={"Content-Encoding": "identity"}
+    )
+    assert plain.status_code == 200
 
 
 @pytest.mark.parametrize("query", ["lora=%00", "lora=%ff%fe", "lora=%ED%A0%80", "lora=", "x=%"])

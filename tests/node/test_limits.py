@@ -65,6 +65,18 @@ async def test_a_body_up_to_the_limit_comes_whole_and_one_over_it_not(path: str)
             )
 
 
+@pytest.mark.parametrize("path", ["/chat", "/v1/wait", "/x"])
+async def test_a_body_that_is_packed_is_refused_by_its_header(path: str) -> None:
+    async with limited() as client:
+        for encoding in ("gzip", "br, identity", "IDENTITY, zstd"):
+            packed = await client.post(path, content=b"x", headers={"Content-Encoding": encoding})
+            assert (packed.status_code, packed.headers["accept-encoding"]) == (415, "identity")
+            assert "Content-Encoding" in packed.json()["error"]["message"]
+        for encoding in ("", "identity", "Identity"):
+            plain = await client.post(path, content=b"x", headers={"Content-Encoding": encoding})
+            assert plain.text == "1"
+
+
 async def test_one_that_asks_first_is_told_before_it_sends() -> None:
     async with limited() as client:
         reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
