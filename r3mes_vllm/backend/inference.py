@@ -25,6 +25,7 @@ from r3mes_vllm.backend.routing import (
     holders,
     model_nodes,
     served,
+    served_version,
 )
 from r3mes_vllm.backend.state import Backend, backend_of
 from r3mes_vllm.errors import AdapterNotReady, R3mesError, UnknownAdapter
@@ -129,6 +130,8 @@ async def model(request: Request, model: str) -> dict[str, object]:
     for entry in await _models(backend):
         if entry["id"] == model:
             return entry
+    if version := await served_version(backend, model):
+        return _model(model, version.created, version.base_model, version.cid)
     raise UnknownAdapter(f"no model {model[:300]!r} is served", hint="GET /v1/models lists them")
 
 

@@ -118,6 +118,15 @@ async def served(backend: Backend) -> list[Served]:
     return _served(backend, await _routed(backend))
 
 
+async def served_version(backend: Backend, asked: str) -> Served | None:
+    """The adapter of `NAME@CID` in that version, if a live node says that it holds it."""
+    name, _, wanted = asked.partition("@")
+    if not is_cid(wanted):
+        return None
+    listing = [node for node in await _routed(backend) if name in node.names]
+    return _serving(backend, name, listing, wanted=wanted)
+
+
 class Servable(Sequence[str]):
     """The names of what is `served`. Whether one of them is among them is found at once."""
 
@@ -169,12 +178,15 @@ def _served(backend: Backend, nodes: Sequence[KnownNode]) -> list[Served]:
     return found
 
 
-def _serving(backend: Backend, name: str, listing: Sequence[KnownNode]) -> Served | None:
-    """The adapter `name`, if one of the nodes that list it holds it; those may all be asked."""
+def _serving(
+    backend: Backend, name: str, listing: Sequence[KnownNode], *, wanted: str | None = None
+) -> Served | None:
+    """The adapter `name`, if one of the nodes that list it holds it, in the version `wanted`; those
+    may all be asked."""
     if not listing or backend.registry.is_deactivated(name) or not _is_name(name):
         return None
     lora = backend.registry.lora_now(name)
-    for cid, exact in _versions(lora):
+    for cid, exact in [(wanted, True)] if wanted else _versions(lora):
         sure, unsure = parted(listing, name, cid, exact=exact)
         if able := sure + unsure:
             break

@@ -4,7 +4,7 @@ import openai
 import pytest
 
 from tests.backend.conftest import StartBackend, StartNode
-from tests.backend.stand_ins import LEGAL_CID, Network, StandIn, answers, streams, wallet
+from tests.backend.stand_ins import LEGAL_CID, OTHER_CID, Network, StandIn, answers, streams, wallet
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -141,3 +141,17 @@ async def test_a_wrong_key_is_what_the_client_calls_an_authentication_error(
             await client.models.list()
     async with client_of(network, "right") as client:
         assert [model.id for model in (await client.models.list()).data] == ["legal"]
+
+
+async def test_a_version_that_can_be_asked_for_is_a_model_too(network: Network) -> None:
+    await network.register_lora("legal")
+    held = {"legal": OTHER_CID}
+    await network.register("http://127.0.0.1:1", "legal", adapters=held, base_model=BASE)
+    async with client_of(network) as client:
+        model = f"legal@{OTHER_CID}"
+        found = await client.models.retrieve(model)
+        assert (found.id, found.model_extra) == (model, {"parent": BASE, "cid": OTHER_CID})
+        assert found.created > 0
+        for other in (f"legal@{LEGAL_CID}", f"nobody@{OTHER_CID}", "legal@", f"@{OTHER_CID}"):
+            with pytest.raises(openai.NotFoundError, match="is served"):
+                await client.models.retrieve(other)
