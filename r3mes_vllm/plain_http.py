@@ -1,13 +1,14 @@
 """uvicorn's HTTP, which by itself reads what follows an `Upgrade` that it does not know as the next
-request: the body of each POST of Java's HttpClient and of `curl --http2`, which offer HTTP/2."""
+request: the body of each POST of Java's HttpClient and of `curl --http2`, which offer HTTP/2. A
+request for a WebSocket that has a body gets no answer from it, and no end."""
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 class PlainProtocol(HttpToolsProtocol):
-    """Serves a request that offers another protocol than WebSocket as one that offers none
-    (RFC 9110, section 7.8), and refuses CONNECT, which no body can follow."""
+    """Serves a request that offers another protocol as one that offers none (RFC 9110, section
+    7.8); WebSocket too, which nothing here speaks. Refuses CONNECT, which no body can follow."""
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -19,16 +20,12 @@ class PlainProtocol(HttpToolsProtocol):
             self.send_400_response("Invalid HTTP request received.")
 
     def on_headers_complete(self) -> None:
-        if not self._is_offered():
+        if not self.parser.should_upgrade():
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        if not self._is_offered():
+        if not self.parser.should_upgrade():
             super().on_message_complete()
-
-    def _is_offered(self) -> bool:
-        """Whether the parser stops at the end of this head, for a protocol not spoken here."""
-        return self.parser.should_upgrade() and not self._should_upgrade()
 
     def _fed(self, data: memoryview) -> memoryview:
         """What is left of `data`, which comes after a head that is taken back. Raises
@@ -36,9 +33,6 @@ class PlainProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self._should_upgrade():
-                self.handle_websocket_upgrade()
-                return data[:0]
             self._take_back()
             return data[upgrade.args[0] :]
         return data[:0]
