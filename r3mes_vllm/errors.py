@@ -15,6 +15,7 @@
     │   ├── BadArchive        a .tar, .tar.gz or .zip that may not be unpacked
     │   ├── ContentTooLarge   more bytes, files or levels than the limits allow
     │   ├── SourceFailed      one source failed: unreachable, timed out, ended early
+    │   │   ├── SourceLacks   it answered, and does not have it, or not in that form
     │   │   └── SourceBusy    it asked for a pause
     │   └── ContentNotFound   no source had it
     ├── StorageFull           the cache's quota has no room
@@ -131,6 +132,16 @@ class ContentTooLarge(IpfsError):
 
 class SourceFailed(IpfsError):
     code = "source_failed"
+
+
+class SourceLacks(SourceFailed):
+    """HTTP status `answered`: it does not have the block, or gives none in the form asked for."""
+
+    code = "source_lacks"
+
+    def __init__(self, message: str, *, answered: int) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class SourceBusy(SourceFailed):

@@ -15,9 +15,12 @@ from math import isfinite
 from typing import BinaryIO
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
-from r3mes_vllm.errors import SourceBusy, SourceFailed
+from r3mes_vllm.errors import SourceBusy, SourceFailed, SourceLacks
 from r3mes_vllm.ipfs.connection import Connection, Origin
 from r3mes_vllm.ipfs.tree import Limits
+
+_LACKING = (400, 404, 406, 415, 501)
+"""What servers answer that don't have a block, or that don't know the form it is asked for in."""
 
 _REDIRECTS = 3
 _LONGEST_PAUSE_S = 3600.0
@@ -240,6 +243,8 @@ def _require_plain_200(name: str, response: HTTPResponse) -> None:
             raise SourceBusy(
                 f"{name} answered {response.status}: not before {pause:.0f} s", retry_after=pause
             )
+    if response.status in _LACKING:
+        raise SourceLacks(f"{name} answered {response.status}", answered=response.status)
     if response.status != 200:
         raise SourceFailed(f"{name} answered {response.status}")
     if response.headers.get("content-encoding", "identity") != "identity":

@@ -9,11 +9,19 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from r3mes_vllm.errors import BadCAR, BlockMismatch, ContentNotFound, SourceBusy, SourceFailed
+from r3mes_vllm.errors import (
+    BadCAR,
+    BlockMismatch,
+    ContentNotFound,
+    SourceBusy,
+    SourceFailed,
+    SourceLacks,
+)
+from r3mes_vllm.ipfs.asking import Asking
 from r3mes_vllm.ipfs.car import BLOCK_LIMIT, LentBlock
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.http import Exchange
@@ -37,9 +45,6 @@ _FAILURES = 3
 
 _REFUSALS = 5
 """In a row, after which a busy source is not waited for."""
-
-_ASKED_AT_MOST = 2
-"""Times, one source for one block."""
 
 T = TypeVar("T")
 
@@ -195,6 +200,7 @@ class Race:
 
     async def _ask(self, source: Source) -> None:
         """All that one source has: a CAR if nothing is here yet, then block by block."""
+        asking = Asking(source)
         if self._tree.root in self._tree.wanted and not isinstance(self._tree, Way):
             try:
                 await self._stream(source)
@@ -203,7 +209,7 @@ class Race:
             except (SourceFailed, BadCAR) as error:
                 # It may have ended early, or not know CARs: the rest is asked for by name.
                 self._said[source.name] = str(error)
-        asking = _Asking(source)
+                asking.cars = not isinstance(error, SourceLacks)
         await _all(self._by_name(asking) for _ in range(source.at_once))
 
     async def _stream(self, source: Source) -> None:
@@ -237,11 +243,11 @@ class Race:
             self._asking -= 1
             self._wake()
 
-    async def _by_name(self, asking: "_Asking") -> None:
+    async def _by_name(self, asking: Asking) -> None:
         """Block by block, until there is nothing left that this source could be asked for."""
-        source = asking.source
         while self._tree.wanted:
-            cid = self._pick(asking)
+            # While another is at work, from the far end.
+            cid = asking.pick(self._tree.wanted, self._claimed, from_start=len(self._working) == 1)
             if cid is None:
                 if not self._asking:
                     return
@@ -251,12 +257,11 @@ class Race:
             self._claimed[cid] = self._claimed.get(cid, 0) + 1
             self._asking += 1
             try:
-                block = cid, await source.block(cid, self._exchange)
-                await self._take(source, [block])
+                await self._get(asking, cid)
                 asking.failures = 0
             except SourceBusy:
                 raise
-            except SourceFailed:
+            except (SourceFailed, BadCAR):
                 asking.failures += 1
                 if asking.failures >= _FAILURES:
                     raise
@@ -265,24 +270,34 @@ class Race:
                 self._claimed[cid] -= 1
                 self._wake()
 
-    def _pick(self, asking: "_Asking") -> CID | None:
-        """What nobody is asked for; failing that, what only others are asked for.
+    async def _get(self, asking: Asking, cid: CID) -> None:
+        source = asking.source
+        if asking.raw is not False:
+            try:
+                block = cid, await source.block(cid, self._exchange)
+            except SourceLacks:
+                if asking.raw or not asking.cars:
+                    raise
+            else:
+                asking.raw = True
+                await self._take(source, [block])
+                return
+        try:
+            await self._get_in_car(source, cid)
+        except SourceLacks as error:
+            asking.cars = error.answered == 404
+            raise
+        asking.raw = False
 
-        While another is at work, from the far end.
-        """
-        wanted = self._tree.wanted
-        for _ in range(2):
-            while asking.queue:
-                cid = asking.queue.pop()
-                if cid in wanted and (asking.last_resort or not self._claimed.get(cid)):
-                    return cid
-            left = [cid for cid in list(wanted) if asking.times.get(cid, 0) < _ASKED_AT_MOST]
-            free = [cid for cid in left if not self._claimed.get(cid)]
-            asking.last_resort = not free
-            asking.queue = free or [cid for cid in left if cid not in asking.times]
-            if len(self._working) == 1:
-                asking.queue.reverse()
-        return None
+    async def _get_in_car(self, source: Source, cid: CID) -> None:
+        """For those that give nothing but CARs; what else is in it is read while it is of use."""
+        buffer, wanted = memoryview(bytearray(_BATCH)), self._tree.wanted
+        async with source.car(cid, self._exchange, alone=True) as fill:
+            while blocks := await fill(buffer, 0.0):
+                if not await self._take(source, blocks) and cid not in wanted:
+                    return
+        if cid in wanted:
+            raise SourceFailed(f"{source.name} does not have {cid}")
 
     async def _take(self, source: Source, blocks: Sequence[LentBlock]) -> int:
         """How many of them were of use. Raises BlockMismatch, after those before the lie."""
@@ -315,17 +330,6 @@ class Race:
 
 def _give_back(free: list[memoryview], buffer: memoryview, _: object) -> None:
     free.append(buffer)
-
-
-@dataclass
-class _Asking:
-    """What one source is asked for by name."""
-
-    source: Source
-    times: dict[CID, int] = field(default_factory=dict)
-    queue: list[CID] = field(default_factory=list)
-    last_resort: bool = False
-    failures: int = 0
 
 
 @dataclass(frozen=True)

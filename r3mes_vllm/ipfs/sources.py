@@ -93,8 +93,11 @@ class Source(Protocol):
     at_once: int
     """Blocks to ask for at a time."""
 
-    def car(self, root: CID, exchange: Exchange) -> AbstractAsyncContextManager[Fill]:
-        """Unchecked blocks under `root`: in any order, perhaps others too, perhaps not all."""
+    def car(
+        self, root: CID, exchange: Exchange, *, alone: bool = False
+    ) -> AbstractAsyncContextManager[Fill]:
+        """Unchecked blocks under `root`: in any order, perhaps others too, perhaps not all; only
+        its own if it is wanted `alone` and the source can tell."""
 
     async def block(self, cid: CID, exchange: Exchange) -> bytes:
         """One unchecked block."""
@@ -112,7 +115,9 @@ class CarSource:
         self._file: CarFile | None = None
 
     @asynccontextmanager
-    async def car(self, root: CID, exchange: Exchange) -> AsyncIterator[Fill]:
+    async def car(
+        self, root: CID, exchange: Exchange, *, alone: bool = False
+    ) -> AsyncIterator[Fill]:
         try:
             file = self._path.open("rb")
         except OSError as error:
@@ -160,7 +165,9 @@ class BlocksSource:
         self._blocks = BlockStore(directory)
 
     @asynccontextmanager
-    async def car(self, root: CID, exchange: Exchange) -> AsyncIterator[Fill]:
+    async def car(
+        self, root: CID, exchange: Exchange, *, alone: bool = False
+    ) -> AsyncIterator[Fill]:
         blocks: list[LentBlock] = [(root, await self.block(root, exchange))]
 
         async def fill(buffer: memoryview, patience_s: float) -> list[LentBlock]:
@@ -196,14 +203,16 @@ class _HttpSource(ABC):
         self._url = url.rstrip("/")
 
     @abstractmethod
-    def _car_request(self, root: CID, exchange: Exchange) -> _Request: ...
+    def _car_request(self, root: CID, exchange: Exchange, alone: bool) -> _Request: ...
 
     @abstractmethod
     def _block_request(self, cid: CID, exchange: Exchange) -> _Request: ...
 
     @asynccontextmanager
-    async def car(self, root: CID, exchange: Exchange) -> AsyncIterator[Fill]:
-        async with exchange.ask(self.name, **self._car_request(root, exchange)) as body:
+    async def car(
+        self, root: CID, exchange: Exchange, *, alone: bool = False
+    ) -> AsyncIterator[Fill]:
+        async with exchange.ask(self.name, **self._car_request(root, exchange, alone)) as body:
             reader = CarReader(body, self.name)
             yield lambda *room: body.connection.call(reader.fill, *room)
 
@@ -215,7 +224,7 @@ class _HttpSource(ABC):
 class KuboSource(_HttpSource):
     """The RPC API of a local daemon (Kubo, js-ipfs)."""
 
-    def _car_request(self, root: CID, exchange: Exchange) -> _Request:
+    def _car_request(self, root: CID, exchange: Exchange, alone: bool) -> _Request:
         # The daemon's time-out is for the whole command.
         return self._request("dag/export", root, exchange.limits.total_s)
 
@@ -249,8 +258,9 @@ class KuboSource(_HttpSource):
 class GatewaySource(_HttpSource):
     """A trustless gateway: only CARs and raw blocks are asked for, which can be checked."""
 
-    def _car_request(self, root: CID, exchange: Exchange) -> _Request:
-        return self._request(root, "car", f"{_CAR}; version=1; order=dfs; dups=n")
+    def _car_request(self, root: CID, exchange: Exchange, alone: bool) -> _Request:
+        form = "car&dag-scope=block" if alone else "car"
+        return self._request(root, form, f"{_CAR}; version=1; order=dfs; dups=n")
 
     def _block_request(self, cid: CID, exchange: Exchange) -> _Request:
         return self._request(cid, "raw", _RAW)

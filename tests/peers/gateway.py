@@ -61,6 +61,8 @@ class Gateway:
     lie: Lie | None = None
     pause_s: float = 0.0
     """Before each answer."""
+    forms: tuple[str, ...] = ("car", "raw")
+    """That it knows."""
     asked: list[str] = field(default_factory=list)
 
     async def answer(self, request: Request) -> Response:
@@ -68,7 +70,10 @@ class Gateway:
         form = request.query_params["format"]
         self.asked.append(form)
         await asyncio.sleep(self.pause_s)
-        found = [block for block in self.published.blocks if form == "car" or block[0] == cid]
+        if form not in self.forms:
+            return Response("no such format", 406)
+        whole = form == "car" and request.query_params.get("dag-scope") != "block"
+        found = [block for block in self.published.blocks if whole or block[0] == cid]
         if not found:
             return Response("not found", 404)
         told = self.lie(found) if self.lie else found
