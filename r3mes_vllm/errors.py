@@ -15,6 +15,7 @@
     │   ├── BadArchive        a .tar, .tar.gz or .zip that may not be unpacked
     │   ├── ContentTooLarge   more bytes, files or levels than the limits allow
     │   ├── SourceFailed      one source failed: unreachable, timed out, ended early
+    │   │   ├── SourceShaky   it may well answer when it is asked again
     │   │   ├── SourceLacks   it answered, and does not have it, or not in that form
     │   │   └── SourceBusy    it asked for a pause
     │   └── ContentNotFound   no source had it
@@ -132,6 +133,17 @@ class ContentTooLarge(IpfsError):
 
 class SourceFailed(IpfsError):
     code = "source_failed"
+
+
+class SourceShaky(SourceFailed):
+    """It may well answer when it is asked again. It is there if it `answered` with a status; else
+    its connection broke, or there was none."""
+
+    code = "source_shaky"
+
+    def __init__(self, message: str, *, answered: bool) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class SourceLacks(SourceFailed):

@@ -10,18 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from math import isfinite
 from typing import BinaryIO
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
-from r3mes_vllm.errors import SourceBusy, SourceFailed, SourceLacks
+from r3mes_vllm.errors import SourceBusy, SourceFailed, SourceLacks, SourceShaky
 from r3mes_vllm.ipfs.connection import Connection, Origin
 from r3mes_vllm.ipfs.tree import Limits
 
 _LACKING = (400, 404, 406, 415, 501)
 """What servers answer that don't have a block, or that don't know the form it is asked for in."""
 
+_SHAKY = (502, 503, 504)
 _REDIRECTS = 3
 _LONGEST_PAUSE_S = 3600.0
 _SHORT_PAUSE_S = 5.0
@@ -59,7 +60,9 @@ class Body:
         except _FAILURES as error:
             raise _failed(self._name, error) from error
         if came < len(buffer) and self._response.length:
-            raise SourceFailed(f"{self._name} ended {self._response.length} bytes early")
+            raise SourceShaky(
+                f"{self._name} ended {self._response.length} bytes early", answered=True
+            )
         return came
 
     def whole(self, limit: int) -> bytes:
@@ -169,7 +172,12 @@ class Exchange:
 
 def _failed(name: str, error: Exception) -> SourceFailed:
     unsaid = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
-    return SourceFailed(f"{name}: {str(error) or unsaid}")
+    said = f"{name}: {str(error) or unsaid}"
+    if isinstance(error, IncompleteRead):
+        return SourceShaky(said, answered=True)
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+        return SourceShaky(said, answered=False)
+    return SourceFailed(said)
 
 
 def _origin(url: SplitResult) -> Origin:
@@ -243,6 +251,8 @@ def _require_plain_200(name: str, response: HTTPResponse) -> None:
             raise SourceBusy(
                 f"{name} answered {response.status}: not before {pause:.0f} s", retry_after=pause
             )
+    if response.status in _SHAKY:
+        raise SourceShaky(f"{name} answered {response.status}", answered=True)
     if response.status in _LACKING:
         raise SourceLacks(f"{name} answered {response.status}", answered=response.status)
     if response.status != 200:

@@ -20,6 +20,7 @@ from r3mes_vllm.errors import (
     SourceBusy,
     SourceFailed,
     SourceLacks,
+    SourceShaky,
 )
 from r3mes_vllm.ipfs.asking import Asking
 from r3mes_vllm.ipfs.car import BLOCK_LIMIT, LentBlock
@@ -39,9 +40,6 @@ _BATCH = BLOCK_LIMIT
 
 _UNDER_WAY = 4
 """Buffers being hashed or written while one more is filled: the memory of a fetch."""
-
-_FAILURES = 3
-"""In a row, after which a source has failed."""
 
 _REFUSALS = 5
 """In a row, after which a busy source is not waited for."""
@@ -200,7 +198,7 @@ class Race:
 
     async def _ask(self, source: Source) -> None:
         """All that one source has: a CAR if nothing is here yet, then block by block."""
-        asking = Asking(source)
+        asking = Asking(source, self._limits.stall_s)
         if self._tree.root in self._tree.wanted and not isinstance(self._tree, Way):
             try:
                 await self._stream(source)
@@ -210,6 +208,7 @@ class Race:
                 # It may have ended early, or not know CARs: the rest is asked for by name.
                 self._said[source.name] = str(error)
                 asking.cars = not isinstance(error, SourceLacks)
+            asking.since = time.monotonic()
         await _all(self._by_name(asking) for _ in range(source.at_once))
 
     async def _stream(self, source: Source) -> None:
@@ -246,6 +245,9 @@ class Race:
     async def _by_name(self, asking: Asking) -> None:
         """Block by block, until there is nothing left that this source could be asked for."""
         while self._tree.wanted:
+            if asking.full:
+                await self._news.wait()
+                continue
             # While another is at work, from the far end.
             cid = asking.pick(self._tree.wanted, self._claimed, from_start=len(self._working) == 1)
             if cid is None:
@@ -253,22 +255,49 @@ class Race:
                     return
                 await self._news.wait()
                 continue
-            asking.times[cid] = asking.times.get(cid, 0) + 1
-            self._claimed[cid] = self._claimed.get(cid, 0) + 1
             self._asking += 1
             try:
-                await self._get(asking, cid)
-                asking.failures = 0
-            except SourceBusy:
-                raise
-            except (SourceFailed, BadCAR):
-                asking.failures += 1
-                if asking.failures >= _FAILURES:
-                    raise
+                await self._ask_for(asking, cid)
             finally:
                 self._asking -= 1
-                self._claimed[cid] -= 1
                 self._wake()
+
+    async def _ask_for(self, asking: Asking, cid: CID) -> None:
+        """Raises SourceFailed and BadCAR when the source is asked no more."""
+        asking.times[cid] = asking.times.get(cid, 0) + 1
+        self._claimed[cid] = self._claimed.get(cid, 0) + 1
+        asking.under_way += 1
+        try:
+            await self._get(asking, cid)
+        except SourceBusy:
+            raise
+        except (SourceFailed, BadCAR) as error:
+            failure = error
+        else:
+            asking.gave()
+            return
+        finally:
+            asking.under_way -= 1
+            self._claimed[cid] -= 1
+        if not isinstance(failure, SourceLacks):
+            self._said[asking.source.name] = str(failure)
+        self._said.setdefault(asking.source.name, str(failure))
+        if isinstance(failure, SourceShaky):
+            await self._pause(asking, cid, failure)
+        elif asking.failed():
+            raise failure
+
+    async def _pause(self, asking: Asking, cid: CID, failure: SourceShaky) -> None:
+        """Others may be asked for the block meanwhile."""
+        pause_s = asking.shaken(cid, failure)
+        if pause_s is None:
+            raise failure
+        self._wake()
+        asking.pausing += 1
+        try:
+            await asyncio.sleep(pause_s)
+        finally:
+            asking.pausing -= 1
 
     async def _get(self, asking: Asking, cid: CID) -> None:
         source = asking.source

@@ -32,6 +32,9 @@ _LONGEST_BACK_OFF_S = 86_400.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 
+_GROWTH = 4
+"""Blocks for each request at a time, before one more is tried."""
+
 _counting = threading.Lock()
 
 
@@ -47,6 +50,10 @@ class Standing:
     reason: str = ""
     bytes: int = 0
     """Of blocks that it gave, and that were what their CIDs say."""
+    bears: int = 1 << 10
+    """Requests of a fetch at a time: fewer after it failed under more."""
+    borne: int = 0
+    """Blocks that came with so many at a time."""
 
     @property
     def wait_s(self) -> float:
@@ -74,6 +81,16 @@ class Standing:
     def useful(self) -> None:
         """It gave a block that was wanted."""
         self.refusals = 0
+
+    def strained(self, at_once: int) -> None:
+        """It failed under `at_once` requests, or what it bears if that is less."""
+        self.bears, self.borne = max(1, min(self.bears, at_once) // 2), 0
+
+    def bore(self) -> None:
+        """It gave a block with as many requests at a time as it is known to bear."""
+        self.borne += 1
+        if self.borne >= _GROWTH * self.bears:
+            self.bears, self.borne = self.bears + 1, 0
 
     def _leave_alone(self, pause: float, reason: str) -> None:
         if pause > self.wait_s:

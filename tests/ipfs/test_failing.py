@@ -17,7 +17,8 @@ from r3mes_vllm.adapters.store import Store
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import WEIGHTS
 from r3mes_vllm.errors import ContentNotFound
-from r3mes_vllm.ipfs.fetch import fetch
+from r3mes_vllm.ipfs.fetch import fetch, resolve
+from r3mes_vllm.ipfs.path import IpfsPath
 from r3mes_vllm.ipfs.sources import GatewaySource, KuboSource, Source
 from r3mes_vllm.ipfs.tree import Limits
 from tests import tiny
@@ -246,3 +247,9 @@ async def test_who_waits_for_a_name_keeps_nobody_waiting(
         assert time.monotonic() - began < 15
     finally:
         over.set()
+
+
+async def test_why_a_path_can_not_be_followed_is_said(published: Published, tmp_path: Path) -> None:
+    path = IpfsPath(published.root, ("weights",))
+    with pytest.raises(ContentNotFound, match=rf"{NOWHERE}: .*Connect call failed"):
+        await resolve(path, tmp_path / "way", sources=[KuboSource(NOWHERE)])
