@@ -244,7 +244,8 @@ class Race:
 
     async def _by_name(self, asking: Asking) -> None:
         """Block by block, until there is nothing left that this source could be asked for."""
-        while self._tree.wanted:
+        # Nothing is wanted for a moment, too, while a node is read that links to more.
+        while not self._tree.complete:
             if asking.full:
                 await self._news.wait()
                 continue

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from r3mes_vllm.errors import ContentNotFound
-from r3mes_vllm.ipfs import asking
-from r3mes_vllm.ipfs.cid import CID
+from r3mes_vllm.ipfs import asking, unixfs
+from r3mes_vllm.ipfs.cid import CID, Data
 from r3mes_vllm.ipfs.fetch import fetch
 from r3mes_vllm.ipfs.sources import GatewaySource, Standing
 from r3mes_vllm.ipfs.tree import Limits
@@ -35,16 +35,16 @@ class Crowded(Gateway):
     def __init__(self, published: Published, most: int, no: Response) -> None:
         super().__init__(published, forms=("raw",))
         self.most, self.no = most, no
-        self.now = self.refused = self.given = 0
+        self.now = self.busiest = self.refused = 0
 
     async def answer(self, request: Request) -> Response:
         if self.now >= self.most:
             self.refused += 1
             return self.no
         self.now += 1
+        self.busiest = max(self.busiest, self.now)
         await asyncio.sleep(0.02)
         self.now -= 1
-        self.given += 1
         return await super().answer(request)
 
 
@@ -171,3 +171,19 @@ def test_what_a_source_bears_is_halved_and_grows_again() -> None:
     for _ in range(4 * (1 + 2)):
         standing.bore()
     assert standing.bears == 3
+
+
+async def test_many_are_asked_for_at_once_also_after_the_one_node_that_links_to_them(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_read(cid: CID, data: Data) -> unixfs.Node:
+        node = unixfs.read(cid, data)
+        if len(node.links) == LEAVES + 1:
+            time.sleep(0.2)
+        return node
+
+    monkeypatch.setattr("r3mes_vllm.ipfs.tree.read", slow_read)
+    gateway = Crowded(published, 100, Response("never", 500))
+    async with listening(gateway) as source:
+        await fetch(published.root, tmp_path / "fetch", sources=[source])
+    assert gateway.busiest > 4
