@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from r3mes_vllm.errors import SourceShaky
+from r3mes_vllm.errors import SourceBusy, SourceShaky
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.sources import Source
 
@@ -34,6 +34,8 @@ class Asking:
     """Requests."""
     pausing: int = 0
     """Of those that ask, how many wait before the next request; the others do too."""
+    busy: SourceBusy | None = None
+    """When it asked for a pause: it is asked for nothing more."""
     since: float = field(default_factory=time.monotonic)
     """When its last block came, or when it was first asked."""
     _failures: int = 0
@@ -65,6 +67,11 @@ class Asking:
         """Whether that was once too often."""
         self._failures += 1
         return self._failures >= _FAILURES
+
+    def refused(self, error: SourceBusy) -> None:
+        if self.busy is None:
+            self.busy = error
+            self.source.standing.strained(self.source.at_once)
 
     def shaken(self, cid: CID, error: SourceShaky) -> float | None:
         """Seconds until it is asked again; None when it is given up."""

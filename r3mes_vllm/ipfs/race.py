@@ -210,6 +210,8 @@ class Race:
                 asking.cars = not isinstance(error, SourceLacks)
             asking.since = time.monotonic()
         await _all(self._by_name(asking) for _ in range(source.at_once))
+        if asking.busy is not None:
+            raise asking.busy
 
     async def _stream(self, source: Source) -> None:
         """Receiving, hashing and writing go on at the same time, a buffer each."""
@@ -245,7 +247,7 @@ class Race:
     async def _by_name(self, asking: Asking) -> None:
         """Block by block, until there is nothing left that this source could be asked for."""
         # Nothing is wanted for a moment, too, while a node is read that links to more.
-        while not self._tree.complete:
+        while not self._tree.complete and asking.busy is None:
             if asking.full:
                 await self._news.wait()
                 continue
@@ -270,8 +272,9 @@ class Race:
         asking.under_way += 1
         try:
             await self._get(asking, cid)
-        except SourceBusy:
-            raise
+        except SourceBusy as error:
+            asking.refused(error)  # those under way may still come
+            return
         except (SourceFailed, BadCAR) as error:
             failure = error
         else:
@@ -283,6 +286,8 @@ class Race:
         if not isinstance(failure, SourceLacks):
             self._said[asking.source.name] = str(failure)
         self._said.setdefault(asking.source.name, str(failure))
+        if asking.busy is not None:
+            return
         if isinstance(failure, SourceShaky):
             await self._pause(asking, cid, failure)
         elif asking.failed():

@@ -32,7 +32,7 @@ _LONGEST_BACK_OFF_S = 86_400.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 
-_GROWTH = 4
+_GROWTH, _RARE_GROWTH = 4, 64
 """Blocks for each request at a time, before one more is tried."""
 
 _counting = threading.Lock()
@@ -54,6 +54,8 @@ class Standing:
     """Requests of a fetch at a time: fewer after it failed under more."""
     borne: int = 0
     """Blocks that came with so many at a time."""
+    strict: bool = False
+    """It once asked for a pause, which takes long: that more is tried is rare."""
 
     @property
     def wait_s(self) -> float:
@@ -70,6 +72,7 @@ class Standing:
         twice as much, up to a minute, if that is more."""
         if not self.wait_s:  # else it was asked before it said so to another
             self.refusals = min(self.refusals + 1, 32)
+        self.strict = True
         least = min(_FIRST_PAUSE_S * 2 ** (self.refusals - 1), _LONGEST_PAUSE_S)
         self._leave_alone(max(pause, least), "it asked for a pause")
 
@@ -89,7 +92,7 @@ class Standing:
     def bore(self) -> None:
         """It gave a block with as many requests at a time as it is known to bear."""
         self.borne += 1
-        if self.borne >= _GROWTH * self.bears:
+        if self.borne >= (_RARE_GROWTH if self.strict else _GROWTH) * self.bears:
             self.bears, self.borne = self.bears + 1, 0
 
     def _leave_alone(self, pause: float, reason: str) -> None:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from r3mes_vllm.errors import ContentNotFound
-from r3mes_vllm.ipfs import asking, unixfs
+from r3mes_vllm.ipfs import asking, sources, unixfs
 from r3mes_vllm.ipfs.cid import CID, Data
 from r3mes_vllm.ipfs.fetch import fetch
 from r3mes_vllm.ipfs.sources import GatewaySource, Standing
@@ -187,3 +187,16 @@ async def test_many_are_asked_for_at_once_also_after_the_one_node_that_links_to_
     async with listening(gateway) as source:
         await fetch(published.root, tmp_path / "fetch", sources=[source])
     assert gateway.busiest > 4
+
+
+async def test_what_is_under_way_when_a_pause_is_asked_for_comes_and_less_is_asked_for_after_it(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_FIRST_PAUSE_S", 0.05)
+    gateway = Crowded(published, 2, Response("slow down", 429, {"retry-after": "0"}))
+    async with listening(gateway) as source:
+        got = await fetch(published.root, tmp_path / "fetch", sources=[source])
+    assert published.into(got)
+    assert source.standing.bears == 2
+    assert gateway.refused < 8 + 4
+    assert gateway.asked.count("raw") == len(published.blocks)  # none of them twice
