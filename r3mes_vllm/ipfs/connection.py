@@ -60,21 +60,25 @@ class Connection:
         """Raises OSError, TimeoutError too, and UnicodeError for a host that can't be one."""
         async with asyncio.timeout(stall_s):
             found = await _looked_up(origin)
-        failure: OSError = ConnectionError(f"{origin.host} has no address")
+        failure: OSError | None = None
         for family, _, _, _, address in found:
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:  # a family that this machine does not have
+                failure = failure or error
+                continue
             connection = cls(origin, sock, stall_s, threads)
             try:
                 await connection._connect(address)
             except OSError as error:
                 connection.close()
-                failure = error
+                failure = failure or error
             except BaseException:
                 connection.close()
                 raise
             else:
                 return connection
-        raise failure
+        raise failure or ConnectionError(f"{origin.host} has no address")
 
     async def call(self, function: Callable[..., T], *args: Any) -> T:
         """`function`, which may wait for this connection, on a thread. Cancelling ends the wait
@@ -128,6 +132,12 @@ class Connection:
 async def _looked_up(origin: Origin) -> list[Any]:
     """As `socket.getaddrinfo` says, on a thread that is left alone when nobody waits any more: a
     resolver that does not answer can hold it for longer than all the rest of a fetch takes."""
+    if f".{origin.host}".rstrip(".").endswith(".localhost"):
+        # Below it no resolver need know a name (RFC 6761 6.3); Kubo's gateway sends on to such.
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", origin.port)),
+            (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", origin.port, 0, 0)),
+        ]
     loop = asyncio.get_running_loop()
     done: asyncio.Future[list[Any]] = loop.create_future()
 

@@ -193,6 +193,30 @@ async def test_a_redirect_leads_to_a_host_below_on_the_same_port() -> None:
             http._followed("it", asked, location)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_kubos_own_gateway_on_localhost_sends_to_a_host_that_no_resolver_knows(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*asked: object, **named: object) -> list[object]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+
+    def answer(head: bytes) -> bytes:
+        host = head.lower().partition(b"\r\nhost: ")[2].partition(b"\r\n")[0]
+        if b".ipfs." in host:
+            return OK
+        there = b"http://cid.ipfs.%s/?format=raw" % host
+        return b"HTTP/1.1 301 Moved\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % there
+
+    server = await asyncio.start_server(Peer(answer).serve, address, 0)
+    try:
+        port = server.sockets[0].getsockname()[1]
+        assert await got(f"http://localhost:{port}") == [DATA]
+    finally:
+        server.close()
+
+
 async def test_what_is_sent() -> None:
     peer = Peer(lambda head: OK)
     async with listening(peer) as where:
