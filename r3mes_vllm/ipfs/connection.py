@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, parse_headers
 from ipaddress import ip_address
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -25,6 +25,9 @@ _RECEIVE = 1 << 20
 cache before it is read. For a longer way it finds by itself how many are needed."""
 
 _SEND = 1 << 20
+_INFORMATIONAL = 10
+"""Answers before the answer."""
+
 _SLOWEST = 1024
 """Bytes a second; less than this over the stall time-out is a stall."""
 
@@ -52,6 +55,7 @@ class Connection:
         self.http = HTTPConnection(origin.host, origin.port, blocksize=_SEND)
         self.http.default_port = 443 if origin.scheme == "https" else 80
         self.http.auto_open = 0
+        self.http.response_class = _Response
 
     @classmethod
     async def open(
@@ -171,6 +175,18 @@ async def _looked_up(origin: Origin) -> list[Any]:
 @cache
 def _system_tls() -> ssl.SSLContext:
     return ssl.create_default_context()
+
+
+class _Response(HTTPResponse):
+    def _read_status(self) -> tuple[str, int, str]:
+        """Of the answer proper: the standard library knows of the informational ones that come
+        before it only 100, and skips that for ever (RFC 9110 15.2)."""
+        for _ in range(_INFORMATIONAL + 1):
+            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if not 100 <= found[1] < 200:
+                return found
+            parse_headers(self.fp)
+        raise HTTPException(f"more than {_INFORMATIONAL} informational answers")
 
 
 class _Socket:

@@ -31,6 +31,9 @@ _MOST_THREADS = 256
 
 _UPLOADED = 1 << 20
 _BOUNDARY = "r3mes-vllm-upload"
+_SAID = 200
+"""Characters, of a server."""
+
 _FAILURES = (HTTPException, OSError, ValueError)
 
 
@@ -172,12 +175,17 @@ class Exchange:
 
 def _failed(name: str, error: Exception) -> SourceFailed:
     unsaid = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
-    said = f"{name}: {str(error) or unsaid}"
+    said = f"{name}: {_printable(str(error)) or unsaid}"
     if isinstance(error, IncompleteRead):
         return SourceShaky(said, answered=True)
     if isinstance(error, OSError) and not isinstance(error, TimeoutError):
         return SourceShaky(said, answered=False)
     return SourceFailed(said)
+
+
+def _printable(text: str) -> str:
+    """What a server sent, as it may stand in an error."""
+    return "".join(it if it.isprintable() else "?" for it in text[:_SAID])
 
 
 def _origin(url: SplitResult) -> Origin:
@@ -229,18 +237,20 @@ def _multipart(upload: BinaryIO) -> tuple[int, Iterator[bytes]]:
 
 
 def _followed(name: str, asked: str, location: str) -> str:
-    """Gateways send a CID's requests to a host of its own below theirs; anywhere else is refused,
-    since it could be a service on this machine's own network."""
+    """Gateways send a CID's requests to a host of its own below theirs, which gets the user and the
+    password too; anywhere else is refused, since it could be a service on this machine's own
+    network."""
     there = urljoin(asked, location)
     before, after = _origin(urlsplit(asked)), _origin(urlsplit(there))
     same_port = after.port == before.port or (after.scheme, after.port) == ("https", 443)
     below = after.host == before.host or after.host.endswith(f".{before.host}")
     safe = after.scheme in (before.scheme, "https")
     if not (same_port and below and safe):
-        raise SourceFailed(
-            f"{name} sends elsewhere, to {after.host}:{after.port}, which is not followed"
-        )
-    return there
+        where = f"{_printable(after.host)}:{after.port}"
+        raise SourceFailed(f"{name} sends elsewhere, to {where}, which is not followed")
+    user, at, _ = urlsplit(asked).netloc.rpartition("@")
+    parts = urlsplit(there)
+    return parts._replace(netloc=user + at + parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _require_plain_200(name: str, response: HTTPResponse) -> None:
@@ -257,7 +267,7 @@ def _require_plain_200(name: str, response: HTTPResponse) -> None:
         raise SourceLacks(f"{name} answered {response.status}", answered=response.status)
     if response.status != 200:
         raise SourceFailed(f"{name} answered {response.status}")
-    if response.headers.get("content-encoding", "identity") != "identity":
+    if response.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise SourceFailed(f"{name} sent it compressed, unasked")
     if response.headers.get_content_type() == "text/html":
         raise SourceFailed(f"{name} answered with a page of HTML: is it a trustless gateway?")

@@ -8,7 +8,7 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -117,8 +117,11 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
         CHUNKED + b"0\r\nTrailer: x\r\n\r\n",
         b"HTTP/1.0 200 OK\r\n\r\n" + DATA,
         b"HTTP/1.1 100 Continue\r\n\r\n" + OK,
+        b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK,
+        OK.replace(b"OK", b"OK\r\nContent-Encoding: Identity ", 1),
+        OK.replace(b"OK", b"OK\r\nContent-Encoding: ", 1),
     ],
-    ids=["chunked", "trailer", "1.0", "continue"],
+    ids=["chunked", "trailer", "1.0", "continue", "early hints", "not encoded", "no encoding"],
 )
 async def test_each_way_to_send_a_body(answer: bytes) -> None:
     async with listening(Peer(lambda head: answer)) as where:
@@ -174,11 +177,40 @@ async def test_without_the_watch_a_trickle_would_go_on(monkeypatch: pytest.Monke
             await asyncio.wait_for(got(f"http://{where}"), 2)
 
 
+async def test_informational_answers_have_an_end() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while True:
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
+                await writer.drain()
+
+    peer = Peer(lambda head: None)
+    peer.serve = serve  # type: ignore[method-assign]
+    async with listening(peer) as where:
+        with pytest.raises(SourceFailed, match="more than 10 informational answers"):
+            await asyncio.wait_for(got(f"http://{where}"), 5)
+
+
+async def test_what_a_server_says_stands_in_errors_short_and_printable() -> None:
+    answer = b"SSH-2.0-OpenSSH" + b"\x1b[31m\xff" * 3000 + b"\r\n"
+    async with listening(Peer(lambda head: answer)) as where:
+        with pytest.raises(SourceFailed, match="OpenSSH") as caught:
+            await got(f"http://{where}")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+    with pytest.raises(SourceFailed, match="sends elsewhere") as caught:
+        http._followed("it", "http://gw/", f"http://{'x' * 3000}/")
+    assert len(str(caught.value)) < 300
+
+
 async def test_a_redirect_leads_to_a_host_below_on_the_same_port() -> None:
     for asked, location, followed in (
         ("http://gw:8080/ipfs/x", "http://x.ipfs.gw:8080/", "http://x.ipfs.gw:8080/"),
         ("http://gw/ipfs/x", "https://x.gw/", "https://x.gw/"),
         ("https://u:p@gw/ipfs/x", "/ipfs/y?a=b", "https://u:p@gw/ipfs/y?a=b"),
+        ("http://u:p@gw/ipfs/x", "http://x.ipfs.gw/", "http://u:p@x.ipfs.gw/"),
+        ("http://u:p@gw/ipfs/x", "https://other@gw/", "https://u:p@gw/"),
+        ("http://gw/ipfs/x", "http://other@gw/", "http://gw/"),
     ):
         assert http._followed("it", asked, location) == followed
     for asked, location in (
@@ -188,6 +220,7 @@ async def test_a_redirect_leads_to_a_host_below_on_the_same_port() -> None:
         ("http://gw/x", "http://evil\\@gw.evil/"),
         ("https://gw/x", "http://x.gw:443/"),
         ("https://gw/x", "http://x.gw/"),
+        ("http://u:p@gw/x", "http://gw.evil/"),
     ):
         with pytest.raises(SourceFailed, match="sends elsewhere"):
             http._followed("it", asked, location)
