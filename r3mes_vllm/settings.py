@@ -32,6 +32,7 @@ from pydantic_settings import (
 from r3mes_vllm import versions
 from r3mes_vllm.errors import ConfigError
 from r3mes_vllm.tables import AdapterSettings, ChatSettings, RateSettings, RequestLimits
+from r3mes_vllm.urls import public
 from r3mes_vllm.validation import words
 from r3mes_vllm.wire import Wallet
 
@@ -250,6 +251,14 @@ class Settings(BaseSettings):
             raise ValueError("must begin with http:// or https://")
         return value.rstrip("/") if value else value
 
+    @field_validator("ipfs_gateways")
+    @classmethod
+    def _gateways(cls, value: list[str]) -> list[str]:
+        for url in value:
+            if not re.match(r"https?://[^/?#]", url):
+                raise ValueError(f"{public(url)!r} must begin with http:// or https://")
+        return value
+
     @field_validator("cache_dir", "state_dir", "backend_ca", "ssl_certfile", "ssl_keyfile")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
@@ -371,7 +380,9 @@ def _mistake(error: ErrorDetails) -> str:
     name = ".".join(str(part) for part in error["loc"]) or "settings"
     if error["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{_nearest(name, Settings.model_fields)}"
-    shown = "" if name.split(".")[0] in SECRET else f" (given: {error['input']!r})"
+    shown = (
+        "" if name.split(".")[0] in (*SECRET, "ipfs_gateways") else f" (given: {error['input']!r})"
+    )
     return f"{name}: {words(error)}{shown}"
 
 

@@ -85,6 +85,8 @@ def test_sizes(text: str, size: int) -> None:
         ("serving_node_port", "http"),
         ("heartbeat_interval", "60"),
         ("backend_url", "localhost:8000"),
+        ("ipfs_gateways", "ipfs.io"),
+        ("ipfs_gateways", "https://"),
         ("wallet_address", "0xabc"),
         ("max_lora_rank", "0"),
         ("cache_dir", "~nobody-here/x"),
@@ -100,6 +102,13 @@ def test_a_wrong_key_is_never_printed() -> None:
     with pytest.raises(ConfigError) as caught:
         settings.load({"admin_key": ["hunter2"]})
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_token_in_a_gateways_url_is_never_printed() -> None:
+    for wrong in ("ipfs.io?token=hunter2", "user:hunter2@ipfs.io", "http://ok/?a=hunter2,ipfs.io"):
+        with pytest.raises(ConfigError, match="must begin with http") as caught:
+            settings.load({"ipfs_gateways": wrong})
+        assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["model = ", "modle = 'x'", "[chat]\nkeywords = 5"])

@@ -13,6 +13,7 @@ from r3mes_vllm import report
 from r3mes_vllm.adapters.files import printable
 from r3mes_vllm.node import precheck
 from r3mes_vllm.settings import INTERNAL, SECRET, load_with_origins, misspelt
+from r3mes_vllm.urls import public
 
 _HIDDEN = "***"
 _WIDE = 200
@@ -44,9 +45,11 @@ def show(
     Example: r3mes-vllm config show --config configs/laptop.toml
     """
     given, origins = load_with_origins(config=config)
+    values = given.model_dump(mode="json")
+    values["ipfs_gateways"] = [*map(public, given.ipfs_gateways)]
     shown = {
         name: {"value": _HIDDEN if value and name in SECRET else value, "origin": origins[name]}
-        for name, value in given.model_dump(mode="json").items()
+        for name, value in values.items()
         if name not in INTERNAL
     }
     if as_json:

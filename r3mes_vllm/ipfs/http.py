@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from r3mes_vllm.errors import SourceBusy, SourceFailed, SourceLacks, SourceShaky
 from r3mes_vllm.ipfs.connection import Connection, Origin
 from r3mes_vllm.ipfs.tree import Limits
+from r3mes_vllm.urls import public
 
 _LACKING = (400, 404, 406, 415, 501)
 """What servers answer that don't have a block, or that don't know the form it is asked for in."""
@@ -192,7 +193,7 @@ def _origin(url: SplitResult) -> Origin:
     """Raises ValueError."""
     default = {"http": 80, "https": 443}.get(url.scheme)
     if default is None or not url.hostname:
-        raise ValueError(f"{url.geturl()!r} is no http or https URL")
+        raise ValueError(f"{public(url.geturl())!r} is no http or https URL")
     return Origin(url.scheme, url.hostname, url.port or default)
 
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol, TypedDict
-from urllib.parse import urlsplit
 
 from r3mes_vllm.errors import BadCAR, SourceFailed
 from r3mes_vllm.ipfs.blockstore import BlockStore
 from r3mes_vllm.ipfs.car import BLOCK_LIMIT, CarFile, CarReader, LentBlock
 from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.http import Exchange
+from r3mes_vllm.urls import public
 
 _CAR = "application/vnd.ipld.car"
 _RAW = "application/vnd.ipld.raw"
@@ -213,20 +213,25 @@ class _Request(TypedDict):
 
 
 class _HttpSource(ABC):
-    """What the two kinds of HTTP source share; `url` without a trailing slash."""
+    """What the two kinds of HTTP source share. The query of `url` is part of every request."""
 
     at_once = 8
 
     def __init__(self, url: str) -> None:
-        self.name = _without_user(url)
+        self.name = public(url)
         self.standing = Standing()
-        self._url = url.rstrip("/")
+        plain = url.partition("#")[0]
+        self._url, _, self._query = plain.partition("?")
+        self._url = self._url.rstrip("/")
 
     @abstractmethod
     def _car_request(self, root: CID, exchange: Exchange, alone: bool) -> _Request: ...
 
     @abstractmethod
     def _block_request(self, cid: CID, exchange: Exchange) -> _Request: ...
+
+    def _at(self, path: str, query: str) -> str:
+        return f"{self._url}{path}?{query}" + (f"&{self._query}" if self._query else "")
 
     @asynccontextmanager
     async def car(
@@ -254,7 +259,7 @@ class KuboSource(_HttpSource):
 
     async def import_car(self, path: Path, exchange: Exchange) -> None:
         """Give the blocks of the CAR file to the daemon. Raises SourceFailed, and OSError."""
-        url = f"{self._url}/api/v0/dag/import?pin-roots=false"
+        url = self._at("/api/v0/dag/import", "pin-roots=false")
         with path.open("rb") as file:
             async with exchange.ask(self.name, "POST", url, upload=file) as body:
                 await body.connection.call(body.whole, _ANSWER_LIMIT)
@@ -272,11 +277,16 @@ class KuboSource(_HttpSource):
 
     def _request(self, command: str, cid: CID, timeout_s: float) -> _Request:
         query = f"arg={cid}&timeout={max(1, round(timeout_s))}s"
-        return {"method": "POST", "url": f"{self._url}/api/v0/{command}?{query}", "headers": {}}
+        return {"method": "POST", "url": self._at(f"/api/v0/{command}", query), "headers": {}}
 
 
 class GatewaySource(_HttpSource):
-    """A trustless gateway: only CARs and raw blocks are asked for, which can be checked."""
+    """A trustless gateway: only CARs and raw blocks are asked for, which can be checked. Its URL
+    may end in `/ipfs`, as people copy it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._url = self._url.removesuffix("/ipfs").rstrip("/")
 
     def _car_request(self, root: CID, exchange: Exchange, alone: bool) -> _Request:
         form = "car&dag-scope=block" if alone else "car"
@@ -286,19 +296,10 @@ class GatewaySource(_HttpSource):
         return self._request(cid, "raw", _RAW)
 
     def _request(self, cid: CID, form: str, accept: str) -> _Request:
-        url = f"{self._url}/ipfs/{cid}?format={form}"
+        url = self._at(f"/ipfs/{cid}", f"format={form}")
         return {"method": "GET", "url": url, "headers": {"Accept": accept}}
 
 
 async def _whole(exchange: Exchange, name: str, request: _Request, limit: int) -> bytes:
     async with exchange.ask(name, **request) as body:
         return await body.connection.call(body.whole, limit)
-
-
-def _without_user(url: str) -> str:
-    """What may stand in messages."""
-    try:
-        parts = urlsplit(url)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    except ValueError:
-        return url

@@ -60,6 +60,7 @@ def test_it_shows_where_each_value_is_from(tmp_path: Path) -> None:
         R3MES_LORAS="b,c",
         BACKEND_PORT="2222",
         R3MES_FALLBACK_KEY="secret-2",
+        R3MES_IPFS_GATEWAYS="https://u:secret-3@gw.example/ipfs?token=secret-4",
     )
     shown = json.loads(found.stdout)
     assert shown["model"] == {"value": "m", "origin": str(file)}
@@ -67,6 +68,7 @@ def test_it_shows_where_each_value_is_from(tmp_path: Path) -> None:
     assert shown["backend_port"] == {"value": 2222, "origin": "BACKEND_PORT"}
     assert shown["load_wait"] == {"value": 20.0, "origin": "default"}
     assert shown["admin_key"]["value"] == shown["fallback_key"]["value"] == "***"
+    assert shown["ipfs_gateways"]["value"] == ["https://gw.example/ipfs"]
     assert "secret" not in found.stdout
     assert not shown.keys() & set(INTERNAL)
 

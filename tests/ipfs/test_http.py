@@ -265,6 +265,29 @@ async def test_what_is_sent() -> None:
     assert base64.b64encode(b"us er:p:w").decode().lower() in head
 
 
+@pytest.mark.parametrize("end", ["/ipfs", "/ipfs/", "/ipfs/?", "/", ""])
+async def test_a_gateways_url_may_be_as_people_copy_it(end: str) -> None:
+    peer = Peer(lambda head: OK)
+    async with listening(peer) as where:
+        assert await got(f"http://{where}{end}") == [DATA]
+    assert peer.heads[0].startswith(b"GET /ipfs/bafk")
+
+
+async def test_the_query_of_a_gateways_url_is_asked_for_with_each_block_and_shown_nowhere() -> None:
+    peer = Peer(lambda head: OK)
+    async with listening(peer) as where:
+        url = f"http://{where}/pre/ipfs/?token=hunter2#here"
+        assert await got(url) == [DATA]
+        assert GatewaySource(url).name == f"http://{where}/pre/ipfs/"
+        peer.answer = lambda head: b"HTTP/1.1 500 no\r\nContent-Length: 0\r\n\r\n"
+        for failing in (url, "no url?token=hunter2"):
+            with pytest.raises(SourceFailed) as caught:
+                await got(failing)
+            assert "hunter2" not in str(caught.value)
+    assert b"?format=raw&token=hunter2 HTTP/1.1" in peer.heads[0]
+    assert peer.heads[0].startswith(b"GET /pre/ipfs/bafk")
+
+
 async def test_a_file_is_uploaded_as_a_form(tmp_path: Path) -> None:
     (tmp_path / "x.car").write_bytes(DATA * 300)
     bodies: list[bytes] = []
