@@ -56,6 +56,9 @@ class Body:
         self.connection = connection
         self._name = name
         self._response = response
+        self.is_text = response.headers.get("content-type", "").strip().lower().startswith("text/")
+        self.has_no_end = response.length is None and not response.chunked
+        """It ends where the connection does, for whatever reason."""
 
     def readinto(self, buffer: memoryview) -> int:
         """As many bytes as `buffer` is long, fewer at the end. Raises SourceFailed."""

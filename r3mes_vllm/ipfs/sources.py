@@ -16,11 +16,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Protocol, TypedDict
 
-from r3mes_vllm.errors import BadCAR, SourceFailed
+from r3mes_vllm.errors import BadCAR, SourceFailed, SourceShaky
 from r3mes_vllm.ipfs.blockstore import BlockStore
 from r3mes_vllm.ipfs.car import BLOCK_LIMIT, CarFile, CarReader, LentBlock
 from r3mes_vllm.ipfs.cid import CID
-from r3mes_vllm.ipfs.http import Exchange
+from r3mes_vllm.ipfs.http import Body, Exchange
 from r3mes_vllm.urls import public
 
 _CAR = "application/vnd.ipld.car"
@@ -29,6 +29,8 @@ _ANSWER_LIMIT = 1 << 16
 
 _FIRST_BACK_OFF_S = 60.0
 _LONGEST_BACK_OFF_S = 86_400.0
+_FORGOTTEN_S = 3600.0
+_DOUBTS = 3
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 
@@ -43,6 +45,10 @@ class Standing:
     """Whether a source may be asked; kept from one fetch to the next."""
 
     lies: int = 0
+    alone_until: float = 0.0
+    """For the last of them."""
+    doubts: int = 0
+    """Blocks in a row that may have been cut short."""
     refusals: int = 0
     """In a row, for being busy."""
     until: float = 0.0
@@ -62,9 +68,13 @@ class Standing:
         return max(0.0, self.until - time.monotonic())
 
     def lied(self) -> None:
-        """Leave it alone for a minute, and each time for twice as long, up to a day."""
+        """Leave it alone for a minute, and each time for twice as long, up to a day; for each
+        hour since the last time's end one is forgotten."""
+        forgotten = (time.monotonic() - self.alone_until) // _FORGOTTEN_S
+        self.lies = max(0, self.lies - max(0, int(forgotten)))
         pause = min(_FIRST_BACK_OFF_S * 2**self.lies, _LONGEST_BACK_OFF_S)
         self.lies = min(self.lies + 1, 32)
+        self.alone_until = time.monotonic() + pause
         self._leave_alone(pause, "it gave wrong bytes")
 
     def busy(self, pause: float) -> None:
@@ -83,7 +93,7 @@ class Standing:
 
     def useful(self) -> None:
         """It gave a block that was wanted."""
-        self.refusals = 0
+        self.refusals = self.doubts = 0
 
     def strained(self, at_once: int) -> None:
         """It failed under `at_once` requests, or what it bears if that is less."""
@@ -243,7 +253,19 @@ class _HttpSource(ABC):
 
     async def block(self, cid: CID, exchange: Exchange) -> bytes:
         request = self._block_request(cid, exchange)
-        return await _whole(exchange, self.name, request, BLOCK_LIMIT)
+        async with exchange.ask(self.name, **request) as body:
+            data = await body.connection.call(body.whole, BLOCK_LIMIT)
+        if (body.is_text or body.has_no_end) and not cid.matches(data):
+            self._require_honest(body, cid)
+        return data
+
+    def _require_honest(self, body: Body, cid: CID) -> None:
+        """Raises SourceFailed where bytes that are not the block's need not be a lie."""
+        if body.is_text:
+            raise SourceFailed(f"{self.name} answered with a page, not a block")
+        self.standing.doubts += 1
+        if self.standing.doubts < _DOUBTS:
+            raise SourceShaky(f"{self.name} cut {cid} short, or gave wrong bytes", answered=True)
 
 
 class KuboSource(_HttpSource):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from starlette.responses import Response, StreamingResponse
 from r3mes_vllm.adapters.store import Store
 from r3mes_vllm.adapters.supply import Supply
 from r3mes_vllm.adapters.vetting import WEIGHTS
-from r3mes_vllm.errors import ContentNotFound
+from r3mes_vllm.errors import BlockMismatch, ContentNotFound
+from r3mes_vllm.ipfs.cid import CID
 from r3mes_vllm.ipfs.fetch import fetch, resolve
 from r3mes_vllm.ipfs.path import IpfsPath
-from r3mes_vllm.ipfs.sources import GatewaySource, KuboSource, Source
+from r3mes_vllm.ipfs.sources import GatewaySource, KuboSource, Source, Standing
 from r3mes_vllm.ipfs.tree import Limits
 from tests import tiny
 from tests.peers.gateway import (
@@ -253,3 +255,67 @@ async def test_why_a_path_can_not_be_followed_is_said(published: Published, tmp_
     path = IpfsPath(published.root, ("weights",))
     with pytest.raises(ContentNotFound, match=rf"{NOWHERE}: .*Connect call failed"):
         await resolve(path, tmp_path / "way", sources=[KuboSource(NOWHERE)])
+
+
+async def test_a_page_of_text_is_no_lie_and_a_block_of_that_type_is_taken(
+    published: Published, tmp_path: Path
+) -> None:
+    page = Gateway(published, lambda _: Response("Too many requests.", media_type="text/plain"))
+    async with listening(page) as source:
+        with pytest.raises(ContentNotFound, match="answered with a page, not a block"):
+            await fetch(published.root, tmp_path / "fetch", sources=[source])
+    assert source.standing.lies == 0
+
+    def plain(blocks: Blocks) -> Response:  # what nginx says of a file that it does not know
+        return Response(blocks[0][1], media_type="text/plain")
+
+    async with listening(Gateway(published, plain, forms=("raw",))) as source:
+        assert published.into(await fetch(published.root, tmp_path / "fetch", sources=[source]))
+
+
+@asynccontextmanager
+async def closing(published: Published, wrong: Callable[[int], bool]) -> AsyncIterator[Source]:
+    """Raw blocks whose end is that of the connection; those at which it is `wrong` are cut."""
+    blocks, turns = dict(published.blocks), count(1)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path, _, query = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode().partition("?")
+        if query == "format=raw":
+            data = blocks[CID.parse(path.rpartition("/")[2])]
+            cut = len(data) // 2 if wrong(next(turns)) else len(data)
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + data[:cut])
+        else:
+            writer.write(b"HTTP/1.1 406 No\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield GatewaySource(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    finally:
+        server.close()
+
+
+async def test_a_block_that_was_cut_short_unseen_is_no_lie_but_many_in_a_row_are(
+    published: Published, tmp_path: Path
+) -> None:
+    async with closing(published, lambda turn: turn == 3) as source:
+        assert published.into(await fetch(published.root, tmp_path / "a", sources=[source]))
+    assert source.standing.lies == 0
+    async with closing(published, lambda turn: True) as liar:
+        with pytest.raises(BlockMismatch, match=liar.name):
+            await fetch(published.root, tmp_path / "b", sources=[liar])
+    assert liar.standing.lies == 1
+
+
+def test_lies_are_forgotten_by_the_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1e6
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    standing = Standing()
+    for pause_s in (60, 120, 240):
+        standing.lied()
+        assert standing.wait_s == pause_s
+        now += pause_s
+    now += 2 * 3600
+    standing.lied()
+    assert standing.wait_s == 120

@@ -77,7 +77,7 @@ async def got(url: str, limits: Limits = SHORT, times: int = 1) -> list[bytes]:
     async def run() -> list[bytes]:
         async with exchange(limits) as connections:
             source = GatewaySource(url)
-            return [await source.block(CID.of(RAW, b""), connections) for _ in range(times)]
+            return [await source.block(CID.of(RAW, DATA), connections) for _ in range(times)]
 
     return await in_own_loop(run, name="test")
 
