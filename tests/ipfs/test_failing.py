@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tests.peers.gateway import (
     Blocks,
     Gateway,
     Published,
+    bare,
     car_of,
     flip,
     listening,
@@ -273,8 +274,9 @@ async def test_a_page_of_text_is_no_lie_and_a_block_of_that_type_is_taken(
         assert published.into(await fetch(published.root, tmp_path / "fetch", sources=[source]))
 
 
-@asynccontextmanager
-async def closing(published: Published, wrong: Callable[[int], bool]) -> AsyncIterator[Source]:
+def closing(
+    published: Published, wrong: Callable[[int], bool]
+) -> AbstractAsyncContextManager[GatewaySource]:
     """Raw blocks whose end is that of the connection; those at which it is `wrong` are cut."""
     blocks, turns = dict(published.blocks), count(1)
 
@@ -289,11 +291,7 @@ async def closing(published: Published, wrong: Callable[[int], bool]) -> AsyncIt
         await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield GatewaySource(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    finally:
-        server.close()
+    return bare(serve)
 
 
 async def test_a_block_that_was_cut_short_unseen_is_no_lie_but_many_in_a_row_are(

@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from itertools import count
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from r3mes_vllm.ipfs.cid import CID, Data
 from r3mes_vllm.ipfs.fetch import fetch
 from r3mes_vllm.ipfs.sources import GatewaySource, Standing
 from r3mes_vllm.ipfs.tree import Limits
-from tests.peers.gateway import Blocks, Gateway, Published, listening, publish
+from tests.peers.gateway import Blocks, Gateway, Published, bare, listening, publish
 from tests.programs import free_port
 
 LEAVES = 30
@@ -75,8 +74,7 @@ async def test_a_gateway_is_asked_for_as_much_at_once_as_it_bears(
     assert source.standing.bears < 4
 
 
-@asynccontextmanager
-async def few_connections(published: Published, most: int) -> AsyncIterator[GatewaySource]:
+def few_connections(published: Published, most: int) -> AbstractAsyncContextManager[GatewaySource]:
     """Those over it are closed without a word."""
     blocks = dict(published.blocks)
     here: set[asyncio.StreamWriter] = set()
@@ -99,11 +97,7 @@ async def few_connections(published: Published, most: int) -> AsyncIterator[Gate
             here.discard(writer)
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield GatewaySource(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    finally:
-        server.close()
+    return bare(serve)
 
 
 async def test_a_gateway_that_closes_what_is_over_its_connections_gives_all(

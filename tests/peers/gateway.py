@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import io
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from tests.programs import free_port
 
 Blocks = list[car.Block]
 Lie = Callable[[Blocks], Blocks | Response]
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass
@@ -104,6 +105,16 @@ async def listening(gateway: Gateway) -> AsyncIterator[GatewaySource]:
     finally:
         server.should_exit = server.force_exit = True
         await task
+
+
+@asynccontextmanager
+async def bare(serve: Serve) -> AsyncIterator[GatewaySource]:
+    """One whose HTTP is what `serve` says to each connection."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield GatewaySource(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    finally:
+        server.close()
 
 
 def flip(blocks: Blocks) -> Blocks:
