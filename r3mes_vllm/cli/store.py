@@ -70,6 +70,8 @@ def pull(
         with got.lease:
             if given.ipfs_pin and wanted.where is not None:
                 await supply.pins.pin(got.cid)
+            elif given.ipfs_pin:
+                warn(f"not pinned, as it is yours: r3mes-vllm adapter publish {what} --name NAME")
             return {
                 "cid": str(got.cid),
                 "path": str(got.path),

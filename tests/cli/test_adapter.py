@@ -97,8 +97,9 @@ def test_publish_then_pull_by_name_and_by_cid(
     unpinned = adapter_command(tmp_path, "pull", cid, "--pin")
     assert (unpinned.returncode, "is not pinned" in unpinned.stderr) == (1, True)
     assert told(adapter_command(tmp_path, "list", "--json"))[0]["cid"] == cid
-    by_path = told(adapter_command(tmp_path, "pull", str(adapter), "--json"))
-    assert (by_path["cid"], by_path["fetched"]) == (cid, False)
+    pulled = adapter_command(tmp_path, "pull", str(adapter), "--pin", "--json")
+    assert (told(pulled)["cid"], told(pulled)["fetched"]) == (cid, False)
+    assert "not pinned, as it is yours" in pulled.stderr
 
 
 def test_what_others_keep_is_registered_without_a_daemon(
