@@ -30,6 +30,7 @@ from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.results import Target, told
 from benchmarks.servers import Servers
 from benchmarks.shapes import Shape, adapter, served_rank, shape_of
+from benchmarks.side_by_side import SETTLES_S
 from r3mes_vllm.ipfs.pack import pack
 from tests.in_store import put_in_store
 from tests.peers.js_ipfs import JsIpfs, js_ipfs
@@ -58,11 +59,15 @@ def run(plan: Plan, record: Record) -> None:
         streams_meanwhile=STREAMS,
     )
     for source in filter(plan.wants, SOURCES):
-        if source == "daemon" and not shutil.which("npm"):
-            record.leave_out("daemon", "js-ipfs wants Node.js and npm")
-        else:
-            with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory() as name:
+            try:
                 _Cold(plan, record, shape, rank, source, Path(name)).run()
+            except _NoDaemon as error:
+                record.leave_out(source, f"there is no js-ipfs: {error}")
+
+
+class _NoDaemon(Exception):
+    """It wants Node.js, npm and, where none was installed yet, the network."""
 
 
 class _Cold:
@@ -154,6 +159,7 @@ class _Cold:
         async with session() as http:
             for side in in_turn(turn, ("ours", "stock")):
                 url = node if side == "ours" else stock
+                await asyncio.sleep(SETTLES_S)
                 before = await _phases(http, url) if side == "ours" else {}
                 took, warm = [], []
                 async with _streaming(http, url, self.base) as running:
@@ -301,7 +307,11 @@ def _daemon(folder: Path) -> Iterator[JsIpfs]:
             return folder / name
 
     started: Any = getattr(js_ipfs, "__wrapped__", None) or js_ipfs._get_wrapped_function()
-    with contextmanager(started)(Factory()) as daemon:
+    with ExitStack() as until_end:
+        try:
+            daemon = until_end.enter_context(contextmanager(started)(Factory()))
+        except RuntimeError as error:
+            raise _NoDaemon(str(error).partition("\n")[0]) from error
         yield daemon
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ def bench(
     """The exit status: 0, 1 if a suite failed, 130 after Ctrl-C.
 
     Results go to `out`, which is `benchmarks/results` where nothing is said; those of a quick run
-    nowhere then. Raises ConfigError for a suite or a model that is not there.
+    nowhere then. Raises ConfigError for a suite or a model that is not there, and for a folder that
+    can't be written to.
     """
     if name == LIST:
         for suite in SUITES.values():
@@ -49,6 +51,8 @@ def bench(
     if model not in SHAPES:
         raise ConfigError(f"no model {model!r}", hint=f"--model is one of {', '.join(SHAPES)}")
     folder = out or (None if quick else RESULTS)
+    if folder:
+        _refuse_unwritable(folder)
     status = 0
     for suite in suites:
         pairs = rounds or (QUICK_ROUNDS if quick else suite.rounds)
@@ -57,12 +61,27 @@ def bench(
             run, interrupted = carried_out(suite, plan, _say)
         _told(run, as_json)
         if folder and run.figures:
-            _kept(run, folder)
+            try:
+                _kept(run, folder)
+            except OSError as error:
+                _say(f"not kept, but below: {error}")
+                print(run.text(), end="", flush=True)
+                status = 1
         if interrupted:
             return 130
         if run.ended != "complete":
             status = 1
     return status
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Before hours are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"no result can be written: {error}", hint="give --out FOLDER") from error
 
 
 def _chosen(dtype: str) -> str:

@@ -17,6 +17,7 @@ from benchmarks.client import Asked, session, streams
 from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.servers import Servers, registered
 from benchmarks.shapes import adapter, shape_of
+from benchmarks.side_by_side import SETTLES_S
 
 STREAMS = (1, 4, 16, 64)
 PROMPT, ANSWER = 32, 48
@@ -70,6 +71,7 @@ async def _measured(
                 for turn in range(plan.rounds + 1):
                     found = {}
                     for side, url in in_turn(turn, tuple(sides.items())):
+                        await asyncio.sleep(SETTLES_S)
                         found[side] = await streams(http, url, count, partial(_asked, model), for_s)
                     if turn:  # the first warms up
                         _note(record, case, count, found)

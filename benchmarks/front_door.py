@@ -10,6 +10,7 @@ ratio of the 99th percentiles is of a pair.
 
 import asyncio
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -60,8 +61,13 @@ async def _run(plan: Plan, record: Record) -> None:
             others[HALF_OPEN] = ["--half-open", url, str(connections)]
         if plan.wants(MALFORMED):
             file = folder / "malformed.json"
-            file.write_text(json.dumps(await _refused(url, plan.pick(2000, 60), plan.seed)))
-            others[MALFORMED] = ["--malformed", url, str(a_second), str(file)]
+            try:
+                drawn = await _refused(url, plan.pick(2000, 60), plan.seed)
+            except (RuntimeError, subprocess.SubprocessError) as error:  # the fuzzer is installed
+                record.leave_out(MALFORMED, f"there is no fuzzer: {error}")
+            else:
+                file.write_text(json.dumps(drawn))
+                others[MALFORMED] = ["--malformed", url, str(a_second), str(file)]
         for turn in range(plan.rounds):
             for what, arguments in others.items():
                 await _compare(record, turn, url, seconds, what, arguments)

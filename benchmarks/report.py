@@ -24,8 +24,8 @@ _HEAD = """# Results
 Made of the JSON files in this folder by `python -m benchmarks.report`; nothing is written by hand.
 Each figure is of two sides measured in turn in one run on one machine; the ratio is ours to the
 peer's of the same pair. Given is the median (least to most). Of runs of one suite, model,
-machine and dtype the newest whole one is shown; where there is none, the newest of each part. How
-to run them: [../README.md](../README.md).
+machine and dtype the newest whole one is shown, and the newest of each part that was measured
+later. How to run them: [../README.md](../README.md).
 """
 
 
@@ -57,8 +57,8 @@ def read(folder: Path) -> list[Run]:
 
 
 def shown(runs: Sequence[Run]) -> list[Run]:
-    """In the order of the suites: of each group the newest whole run or, where there is none, the
-    newest of each part; a quick one only where no other is."""
+    """In the order of the suites: of each group the newest whole run and the newest of each part
+    that was measured later; a quick one only where no other is."""
     groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.group].append(run)
@@ -72,9 +72,10 @@ def shown(runs: Sequence[Run]) -> list[Run]:
 def _best(of_group: Sequence[Run]) -> list[Run]:
     slow = [it for it in of_group if not it.quick] or of_group
     newest = sorted(slow, key=lambda it: it.started)
-    if whole := [it for it in newest if it.whole]:
-        return whole[-1:]
-    return [*{it.settings.get(ONLY): it for it in newest}.values()]
+    whole = [it for it in newest if it.whole][-1:]
+    later = (it for it in newest if ONLY in it.settings and it.started > whole[0].started)
+    parts = [*later] if whole else newest
+    return [*whole, *{it.settings.get(ONLY): it for it in parts}.values()]
 
 
 def page_of(runs: Sequence[Run]) -> str:

@@ -177,8 +177,9 @@ class Run(_Frozen):
 
     @property
     def whole(self) -> bool:
-        """All cases, to the end."""
-        return self.ended == "complete" and {ONLY, LEFT_OUT}.isdisjoint(self.settings)
+        """All cases, to the end, often enough."""
+        cases = {ONLY, LEFT_OUT}.isdisjoint(self.settings)
+        return cases and self.ended == "complete" and self.rounds >= LEAST_PAIRS
 
     @property
     def group(self) -> tuple[str, str, str, str]:

@@ -1,5 +1,6 @@
 """Servers that are asked over HTTP: our node and stock `vllm serve`, with the same flags."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from benchmarks.harness import Plan
 from benchmarks.shapes import KV_GIB, OF_GPU, made, shape_of
 from benchmarks.side_by_side import on_gpu
+from r3mes_vllm.engine import environment
 from tests.programs import Program, free_port, program, wait_until
 
 STARTS_S = 600
@@ -104,7 +106,8 @@ class Servers:
             *(("--lora-modules", *modules) if modules else ()),
             module="benchmarks.stock",
             url=f"http://127.0.0.1:{port}",
-            env={
+            env=environment.of_kernels(os.environ)
+            | {
                 "VLLM_PLUGINS": "none",
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
                 "VLLM_LOGGING_LEVEL": "ERROR",

@@ -15,26 +15,35 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import platformdirs
 
+from r3mes_vllm.engine import environment
+
 _ANSWER = "answer "
 _ENDS_S = 10
+SETTLES_S = 1.5
+"""Before another side is asked: for a second after their last message vLLM's workers look for the
+next one all the time, on a core that the next side would lack."""
 
 
 class Worker:
-    """`plugins` is vLLM's choice: "r3mes" for ours, "none" for stock; `environment` is added."""
+    """`plugins` is vLLM's choice: "r3mes" for ours, "none" for stock; `others` are added to the
+    environment."""
 
-    def __init__(self, module: str, told: Any, plugins: str, **environment: str) -> None:
+    _asked: ClassVar["Worker | None"] = None
+    """The last one of all."""
+
+    def __init__(self, module: str, told: Any, plugins: str, **others: str) -> None:
         name = sys.modules[module].__spec__
         self._process = subprocess.Popen(
             [sys.executable, "-m", name.name if name else module, "--worker", json.dumps(told)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ
+            env=environment.of_kernels(os.environ)
             | {
                 "VLLM_PLUGINS": plugins,
                 "VLLM_LOGGING_LEVEL": "ERROR",
@@ -42,7 +51,7 @@ class Worker:
                 "VLLM_NO_USAGE_STATS": "1",
                 "HF_HUB_OFFLINE": "1",
             }
-            | environment,
+            | others,
             start_new_session=True,  # Ctrl-C is the parent's: it ends them all
         )
         self._ready = False
@@ -71,6 +80,9 @@ class Worker:
 
     def ask(self, job: Any) -> Any:
         assert self._process.stdin
+        if Worker._asked not in (None, self):
+            time.sleep(SETTLES_S)
+        Worker._asked = self
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return self._answer()

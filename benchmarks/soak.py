@@ -52,6 +52,12 @@ class Part:
     errors: Counter[str] = field(default_factory=Counter)
     requests: int = 0
 
+    def saw(self, error: str) -> None:
+        """Of a request; none if it has its answer."""
+        self.requests += 1
+        if error:
+            self.errors[error[:60]] += 1
+
     @property
     def mib(self) -> float:
         """At its end."""
@@ -103,14 +109,17 @@ async def _measured(
     warm_s = for_s / 3
     part_s = (for_s - warm_s) / (plan.rounds + 1)
     async with session() as http:
+        warming = Part()
         for number in range(BURSTS):
             asked = (models, models[:1], models[1:])[number % 3]
             burst = (
                 Asked(asked[i % len(asked)], LONGEST, 4, number + 1000 * i) for i in range(STREAMS)
             )
-            await asyncio.gather(*(ask(http, url, it) for it in burst))
+            for answer in await asyncio.gather(*(ask(http, url, it) for it in burst)):
+                warming.saw(answer.error)
         before = await _part(http, url, tree, models, cids, warm_s)
         record.note(f"warm-up: {before.cycles} cycles, {before.mib:.0f} MiB")
+        parts = [warming, before]
         first: Part | None = None
         resident = []
         for _ in range(plan.rounds + 1):
@@ -120,7 +129,20 @@ async def _measured(
             else:
                 _note(record, it, first, before)
             before = it
+            parts.append(it)
             resident += it.resident
+    errors = sum((it.errors for it in parts), Counter[str]())
+    record.pair(
+        "requests that failed, the warm-up's too",
+        "of all",
+        ours=errors.total() / sum(it.requests for it in parts),
+        peer=None,
+        sides=("all the time", "none"),
+        better="lower",
+        target=Target(of="ours", at_most=0),
+    )
+    for error, count in errors.most_common(5):
+        record.note(f"{count} times {error}")
     slope = linear_regression(*zip(*resident, strict=True)).slope  # MiB a second
     record.pair(
         "memory an hour",
@@ -151,9 +173,7 @@ async def _part(
             lengths = chance.randint(1, LONGEST), chance.randint(1, LONGEST)
             asked = Asked(models[number % 2], *lengths, number + 1000 * count)
             answer = await ask(http, url, asked)
-            part.requests += 1
-            if answer.error:
-                part.errors[answer.error[:60]] += 1
+            part.saw(answer.error)
 
     async def churn() -> None:
         while time.monotonic() < ends:
@@ -165,14 +185,12 @@ async def _part(
                 ("POST", "/chat", {"message": "hi", "lora_name": "passing", "max_tokens": 4}),
                 ("DELETE", "/adapters/passing", None),
             ):
-                part.requests += 1
                 try:
                     async with http.request(method, url + path, json=body) as answer:
                         await answer.read()
-                    if not answer.ok:
-                        part.errors[f"{method} {path}: {answer.status}"] += 1
+                    part.saw("" if answer.ok else f"{method} {path}: {answer.status}")
                 except aiohttp.ClientError as error:
-                    part.errors[f"{method} {path}: {error}"[:60]] += 1
+                    part.saw(f"{method} {path}: {error}")
                     await asyncio.sleep(1)
             part.cycles += 1
 
@@ -251,8 +269,6 @@ def _note(record: Record, part: Part, first: Part, before: Part) -> None:
         better="lower",
         target=Target(of="ours", at_most=0),
     )
-    for error, count in part.errors.most_common(5):
-        record.note(f"{count} times {error}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from benchmarks.harness import Plan, Record, alone, in_turn
 from benchmarks.results import Target
 from benchmarks.servers import Servers
 from benchmarks.shapes import Shape, adapter, shape_of
+from benchmarks.side_by_side import SETTLES_S
 from tests.in_store import put_in_store
 
 SHAPES = ("S1", "S2", "zipf", "distinct", "identical", "uniform", "skewed")
@@ -208,6 +209,7 @@ async def _measured(
             for case in in_turn(turn, cases):
                 found = {}
                 for side, (url, names) in in_turn(turn, tuple(sides.items())):
+                    await asyncio.sleep(SETTLES_S)
                     found[side] = await _offered(
                         http, url, names, case, size, for_s, plan.seed + turn
                     )

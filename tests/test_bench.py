@@ -16,14 +16,14 @@ from starlette.routing import Route
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from benchmarks import client, command, plots, report, working_set
+from benchmarks import client, command, plots, report, side_by_side, working_set
 from benchmarks.gguf_files import write_adapter, write_model
 from benchmarks.harness import Plan, Record, carried_out, in_turn
 from benchmarks.results import LEAST_PAIRS, RESULTS, Figure, Pair, Run, Spread, Target, told
 from benchmarks.suites import SUITES, Suite
 from r3mes_vllm.cli.main import app
 from r3mes_vllm.errors import ConfigError
-from tests import tiny
+from tests import echo_worker, tiny
 from tests.backend.stand_ins import serving
 from tests.peers import installed
 
@@ -211,15 +211,21 @@ def test_a_run_of_some_cases_says_so_and_hides_no_whole_one(suite: types.ModuleT
     part, _ = carried_out(SUITE, Plan(5, only="1 adapters"), quiet)
     assert part.settings["only"] == "1 adapters"
     whole = ran(suite, two_figures)
-    late = part.model_copy(update={"started": part.started.replace(year=9000)})
-    assert report.shown([whole, late]) == [whole]
+    late, early = (
+        part.model_copy(update={"started": part.started.replace(year=year)})
+        for year in (9000, 1000)
+    )
+    assert report.shown([whole, late]) == [whole, late]
+    assert report.shown([whole, early]) == [whole]
     assert report.shown([late]) == [late]
     less = whole.model_copy(
         update={"started": whole.started.replace(year=9000), "settings": {"left_out": "daemon"}}
     )
     assert report.shown([whole, less])[0] == whole
     block = "<!-- results: made-up -->\n<!-- end -->\n"
-    assert "9000" not in report.explained(block, [whole, late])
+    assert "1000" not in report.explained(block, [whole, early])
+    few = whole.model_copy(update={"rounds": 1, "started": late.started})
+    assert report.shown([whole, few])[0] == whole
     assert "**only 1 adapters**" in report.explained(block, [late])
 
     rest = whole.model_copy(update={"settings": {"only": "2 adapters"}})
@@ -390,3 +396,59 @@ def test_the_mixes_are_punicas_and_zipfs() -> None:
     assert zipf.count(0) / zipf.count(1) == pytest.approx(2, rel=0.1)
     skewed = working_set.chosen("skewed", 10, 20_000, 0)
     assert skewed.count(0) / skewed.count(1) == pytest.approx(1.5, rel=0.1)
+
+
+def test_the_next_side_is_asked_when_the_last_one_has_left_its_core(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("benchmarks.side_by_side.time.sleep", slept.append)
+    workers = [side_by_side.Worker(echo_worker.__name__, None, "none") for _ in range(2)]
+    one, other = workers
+    try:
+        for it in (one, one, other, one):
+            it.ask("hello")
+    finally:
+        for it in workers:
+            it.__exit__(None)
+    assert slept == [side_by_side.SETTLES_S] * 2
+
+
+def test_a_folder_that_takes_no_result_is_said_before_anything_is_measured(
+    suite: types.ModuleType, tmp_path: Path
+) -> None:
+    def measured(plan: Plan, record: Record) -> None:
+        raise AssertionError("hours were spent")
+
+    suite.run = measured  # type: ignore[attr-defined]
+    (file := tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="no result can be written"):
+        command.bench(SUITE.name, out=file / "results")
+
+
+def test_a_result_that_cannot_be_kept_is_said(
+    suite: types.ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(run: Run, folder: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    suite.run = two_figures  # type: ignore[attr-defined]
+    monkeypatch.setattr(Run, "write", full)
+    assert command.bench(SUITE.name, out=tmp_path) == 1
+    told = capsys.readouterr()
+    assert "No space left" in told.err
+    assert '"suite": "made-up"' in told.out
+
+
+def test_a_commit_that_comes_while_a_suite_runs_is_not_what_ran(
+    suite: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = iter(["a", "a", "b", "b"])
+    monkeypatch.setattr(
+        "benchmarks.harness._git", lambda *it: "" if it[0] == "status" else next(commits)
+    )
+    run = ran(suite, two_figures)
+    assert (run.commit, run.clean) == ("a", False)

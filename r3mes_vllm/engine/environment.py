@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -31,11 +32,7 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
         warnings.simplefilter("ignore")
     if local_model:
         ours["HF_HUB_OFFLINE"] = "1"
-    _add_to_path(Path(sys.executable).parent)
-    if not _has_nvcc():
-        # vLLM takes FlashInfer's sampler on every CUDA device, and FlashInfer compiles it when it
-        # is first used: without nvcc the engine would not start. vLLM's own is Triton's to compile.
-        ours["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    os.environ |= of_kernels(os.environ)
     for name, value in ours.items():
         os.environ.setdefault(name, value)
     # vLLM mounts an endpoint plugin only if it is named here.
@@ -43,17 +40,24 @@ def prepare(*, local_model: bool, verbose: bool) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(filter(None, dict.fromkeys([*plugins, "r3mes"])))
 
 
-def _add_to_path(folder: Path) -> None:
-    """`ninja`, which FlashInfer calls by its name, comes with the packages. An environment that is
-    not activated lacks it."""
-    path = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    if str(folder) not in path:
-        os.environ["PATH"] = os.pathsep.join([str(folder), *path])
+def of_kernels(given: Mapping[str, str]) -> dict[str, str]:
+    """`given`, in which FlashInfer finds what compiles its kernels, or is left out.
+
+    `ninja`, which it calls by its name, comes with the packages: an environment that is not
+    activated lacks it. vLLM takes FlashInfer's sampler on every CUDA device, and that is compiled
+    when it is first used: without nvcc no engine would start. vLLM's own is Triton's to compile.
+    """
+    path = given.get("PATH", os.defpath).split(os.pathsep)
+    folder = str(Path(sys.executable).parent)
+    found = {**given, "PATH": os.pathsep.join([*([] if folder in path else [folder]), *path])}
+    if not _has_nvcc(given):
+        found.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    return found
 
 
-def _has_nvcc() -> bool:
+def _has_nvcc(given: Mapping[str, str]) -> bool:
     """Where FlashInfer looks for it, as `vllm.utils.flashinfer` has it."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if not home and shutil.which("nvcc"):
+    home = given.get("CUDA_HOME") or given.get("CUDA_PATH")
+    if not home and shutil.which("nvcc", path=given.get("PATH")):
         return True
     return shutil.which(Path(home or "/usr/local/cuda", "bin", "nvcc")) is not None

@@ -155,7 +155,7 @@ def _program(name: str) -> Path:
         return found[-1]
     if in_path := shutil.which(name):
         return Path(in_path)
-    pytest.fail("the tests need PostgreSQL, 14 or later: apt-get install postgresql")
+    raise RuntimeError("the tests need PostgreSQL, 14 or later: apt-get install postgresql")
 
 
 def _user() -> pwd.struct_passwd | None:
@@ -165,7 +165,7 @@ def _user() -> pwd.struct_passwd | None:
     for name in (_OWNER, "nobody"):
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
-    pytest.fail("the tests' PostgreSQL needs a user who is not root")
+    raise RuntimeError("the tests' PostgreSQL needs a user who is not root")
 
 
 def _as_user() -> list[str]:
