@@ -3,7 +3,8 @@
     python -m tests.engine.fitted FOLDER
 
 Adapters have the layers of transformers' model of the same configuration, which is what PEFT sees;
-the layers are vLLM's, with random weights.
+the layers are vLLM's, with random weights. Experts, which transformers has in one tensor, have the
+names that vLLM takes: each its own, or all joined.
 """
 
 import json
@@ -14,11 +15,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from vllm.config import set_current_vllm_config
-from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+from vllm.distributed import (
+    destroy_model_parallel,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import create_lora_manager
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.network_utils import get_open_port
 
@@ -45,6 +51,13 @@ FAMILIES = {
     "gemma2": "Gemma2ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+}
+EXPERTS = 4
+EXPERT_SIZES = {
+    "qwen3_moe": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
 }
 MISFITS = ("wider", "narrower", "taller", "shorter", "elsewhere")
 
@@ -62,22 +75,46 @@ def weights_of(config: PreTrainedConfig) -> Weights:
     return found
 
 
+def weights_of_experts(family: str, config: PreTrainedConfig) -> Weights:
+    found = {}
+    for layer in (f"model.layers.{it}.mlp.experts" for it in range(config.num_hidden_layers)):
+        hidden = config.hidden_size
+        if family == "gpt_oss":
+            inner, rank = config.intermediate_size, RANK * EXPERTS
+            maps = {f"{layer}.base_layer": (hidden, 2 * inner), layer: (inner, hidden)}
+        else:
+            inner, rank = config.moe_intermediate_size, RANK
+            up, down = (hidden, inner), (inner, hidden)
+            projections = {"gate_proj": up, "up_proj": up, "down_proj": down}
+            each = [f"{layer}.{it}" for it in range(EXPERTS)]
+            maps = {f"{it}.{name}": projections[name] for it in each for name in projections}
+        for name, (inputs, outputs) in maps.items():
+            found[weight_name(name, "A")] = torch.zeros(rank, inputs)
+            found[weight_name(name, "B")] = torch.zeros(outputs, rank)
+    return found
+
+
 def misfit(weights: Weights, how: str) -> Weights:
-    """One matrix of the last layer's: where vLLM joins q, k and v, the last of these."""
-    layer = [it for it in weights if "attn" in it and "o_proj" not in it][-1].split(".lora_")[0]
-    a, b = (f"{layer}.lora_{side}.weight" for side in "AB")
+    """One matrix of the last layer's: where vLLM joins q, k and v, the last of these; of experts,
+    which vLLM joins if it has all, that of each."""
+    layers = {name.partition(".lora_")[0]: None for name in weights}
+    experts = [it for it in layers if ".experts" in it and ".layers.1." in it]
+    chosen = [it for it in experts if how == "elsewhere" or it.endswith((".experts", "down_proj"))]
+    if not chosen:
+        chosen = [it for it in layers if "attn" in it and "o_proj" not in it][-1:]
     changed = dict(weights)
-    if how == "wider":
-        changed[a] = torch.cat([weights[a]] * 2, 1)
-    elif how == "narrower":
-        changed[a] = weights[a][:, ::2].contiguous()
-    elif how == "taller":
-        changed[b] = torch.cat([weights[b]] * 2)
-    elif how == "shorter":
-        changed[b] = weights[b][::2].contiguous()
-    else:
-        for name in (a, b):
-            changed[name.replace(".layers.1.", ".layers.7.")] = changed.pop(name)
+    for a, b in ([f"{layer}.lora_{side}.weight" for side in "AB"] for layer in chosen):
+        if how == "wider":
+            changed[a] = torch.cat([weights[a]] * 2, 1)
+        elif how == "narrower":
+            changed[a] = weights[a][:, ::2].contiguous()
+        elif how == "taller":
+            changed[b] = torch.cat([weights[b]] * 2)
+        elif how == "shorter":
+            changed[b] = weights[b][::2].contiguous()
+        else:
+            for name in (a, b):
+                changed[name.replace(".layers.1.", ".layers.7.")] = changed.pop(name)
     return changed
 
 
@@ -96,8 +133,12 @@ def manager_of(folder: Path, config: PreTrainedConfig) -> tuple[Any, Any]:
     with set_current_vllm_config(vllm_config):
         if not torch.distributed.is_initialized():
             init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", backend="gloo")
-            ensure_model_parallel_initialized(1, 1)
+        destroy_model_parallel()
+        ensure_model_parallel_initialized(1, 1)  # with a group of experts only where there are any
         model = initialize_model(vllm_config)
+        for layer in model.modules():
+            if isinstance(layer, RoutedExperts):  # without a kernel they take no adapters
+                layer.quant_method.process_weights_after_loading(layer)
         return create_lora_manager(
             model, 4, 128, SIZES["vocab_size"], vllm_config.lora_config, vllm_config, "cpu"
         ), model
@@ -121,8 +162,11 @@ def main() -> None:
     torch.set_default_dtype(torch.float32)
     found = {}
     for family, architecture in FAMILIES.items():
-        config = AutoConfig.for_model(family, architectures=[architecture], **SIZES)
+        experts = EXPERT_SIZES.get(family, {})
+        config = AutoConfig.for_model(family, architectures=[architecture], **SIZES, **experts)
         good = weights_of(config)  # before vLLM puts layers of its own into transformers' model
+        if experts:
+            good |= weights_of_experts(family, config)
         manager, model = manager_of(Path(sys.argv[1]) / family, config)
         found[family] = {"good": said(manager, model, good)} | {
             how: said(manager, model, misfit(good, how)) for how in MISFITS
