@@ -15,7 +15,7 @@ from vllm.logger import configure_logging_from_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from r3mes_vllm.children import ended
-from r3mes_vllm.engine.sizes import Sizes
+from r3mes_vllm.engine.sizes import Sizes, Workers
 from r3mes_vllm.errors import ConfigError, EngineError
 from r3mes_vllm.unread import bounded
 
@@ -68,6 +68,21 @@ def check(model: str, options: Mapping[str, Any], arguments: Sequence[str]) -> N
 
     parser.error = refuse
     parser.parse_args(["--model", model, *arguments])
+
+
+def workers(arguments: Sequence[str]) -> Workers:
+    """Those that vLLM with these `arguments` starts on this machine, as its `EngineArgs` and
+    `ParallelConfig` count them; with Ray, which may start them elsewhere, all."""
+    args = _parser().parse_args(list(arguments))
+    of_each = args.tensor_parallel_size * args.pipeline_parallel_size
+    of_each *= args.prefill_context_parallel_size
+    machines, everywhere = max(args.nnodes, 1), max(args.data_parallel_size, 1)
+    if args.data_parallel_external_lb or args.data_parallel_rank is not None:
+        replicas = 1  # each has a server of its own
+    else:
+        replicas = args.data_parallel_size_local or max(everywhere // machines, 1)
+    spanned = max(machines * replicas // everywhere, 1)  # machines, by a replica
+    return Workers(max(replicas * of_each // spanned, 1), replicas)
 
 
 def _nearest(option: str, known: Iterable[str]) -> str:

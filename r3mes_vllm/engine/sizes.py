@@ -2,7 +2,8 @@
 
 A slot takes memory for the largest rank in every layer, whether it is used or not, and on a GPU it
 is taken from the KV cache; on a CPU also for what is laid out of its adapters. Adapters beside the
-slots take main memory when they come.
+slots take main memory when they come, in each of vLLM's worker processes: of a matrix that several
+workers share, each keeps the whole.
 """
 
 import os
@@ -35,6 +36,17 @@ _OF_RAM = 0.5
 
 
 @dataclass(frozen=True)
+class Workers:
+    """vLLM's processes on this machine that keep adapters, and how many whole models they are."""
+
+    count: int = 1
+    replicas: int = 1
+
+
+ONE = Workers()
+
+
+@dataclass(frozen=True)
 class Memory:
     """Free bytes: main memory, without what the model and the KV cache will take of it, and of the
     GPU with the least; None where vLLM runs on the CPU."""
@@ -43,13 +55,14 @@ class Memory:
     gpu: int | None
 
     @classmethod
-    def now(cls, model: str) -> "Memory":
+    def now(cls, model: str, workers: Workers = ONE) -> "Memory":
         """`model` is a hub name or a directory; a hub's may not be here yet."""
         ram = psutil.virtual_memory().available
         if current_platform.is_cpu():
             kv_cache = parse_bytes(f"{os.environ.get('VLLM_CPU_KVCACHE_SPACE', '4')}G")
             weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
-            return cls(max(ram - kv_cache - weights, 0), None)
+            taken = kv_cache * workers.count + weights * workers.replicas
+            return cls(max(ram - taken, 0), None)
         return cls(ram, min(_gpus_free(), default=0))
 
 
@@ -69,6 +82,7 @@ class Sizes:
         adapters: Sequence[tuple[int, int]],
         base: ModelShape,
         memory: Memory,
+        workers: Workers = ONE,
         *,
         max_loras: int | None = None,
         max_rank: int | None = None,
@@ -77,7 +91,9 @@ class Sizes:
         wins. Raises ConfigError for what vLLM does not serve or what can't fit."""
         rank = _served_rank(max_rank or max((rank for rank, _ in adapters), default=_DEFAULT_RANK))
         kept_each = _bytes_of(base, rank, adapters)
-        each = kept_each if memory.gpu is not None else kept_each * (1 + laid_out())
+        each = kept_each
+        if memory.gpu is None:
+            each *= (1 + laid_out()) * workers.replicas
         total = memory.ram if memory.gpu is None else memory.gpu
         share = _OF_RAM / 2 if memory.gpu is None else _OF_GPU
         if max_loras and max_loras * each > total:
@@ -88,14 +104,16 @@ class Sizes:
             )
         fitting = max(int(total * share / each), 1)
         slots = max_loras or min(len(adapters) + 1, _MOST_SLOTS, fitting)
-        kept = max(slots, min(_MOST_KEPT, int(memory.ram * _OF_RAM / kept_each)))
+        kept = max(slots, min(_MOST_KEPT, int(memory.ram * _OF_RAM / (kept_each * workers.count))))
         where = "main memory" if memory.gpu is None else "the GPU"
+        keeping = f", by each of {workers.count} workers" if workers.count > 1 else ""
         return cls(
             slots,
             kept,
             rank,
             f"{slots} adapter slots of rank {rank} take {slots} x {_size(each)} of "
-            f"{_size(total)} free in {where}; up to {kept} adapters are kept in main memory",
+            f"{_size(total)} free in {where}; up to {kept} adapters are kept in main memory"
+            f"{keeping}",
         )
 
 

@@ -91,10 +91,12 @@ def _serve(settings: Settings, passed_on: Sequence[str], early: Early, *, verbos
     from r3mes_vllm.engine.sizes import Memory, Sizes
     from r3mes_vllm.node.drain import Interrupted
 
+    workers = launch.workers([*settings.vllm_arguments, *passed_on])
     sizes = Sizes.of(
         [(it.adapter.facts.rank, it.adapter.facts.size) for it in named],
         base,
-        Memory.now(model),
+        Memory.now(model, workers),
+        workers,
         max_loras=settings.max_loras,
         max_rank=settings.max_lora_rank,
     )

@@ -1,11 +1,16 @@
 """Room for adapters, from the adapters and the memory."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from vllm.platforms import current_platform
 
 from r3mes_vllm.adapters.model_shape import ModelShape
+from r3mes_vllm.engine import launch
 from r3mes_vllm.engine import sizes as sizing
-from r3mes_vllm.engine.sizes import Memory, Sizes, laid_out
+from r3mes_vllm.engine.sizes import Memory, Sizes, Workers, laid_out
 from r3mes_vllm.errors import ConfigError
 
 BASE = ModelShape("base", {f"layer.{number}": (500, 524) for number in range(64)})
@@ -45,6 +50,36 @@ def test_slots_are_taken_from_the_gpu_where_there_is_one() -> None:
     assert "in the GPU" in sizes.arithmetic
 
 
+def test_each_worker_keeps_all_adapters_and_each_replica_has_the_slots() -> None:
+    many, ram = [(8, 1000)] * 500, 240 * RANK_8
+    parts = Sizes.of(many, BASE, Memory(ram, gpu=None), Workers(4))
+    assert (parts.max_loras, parts.max_cpu_loras) == (10, 30)
+    assert parts.arithmetic.endswith(
+        "up to 30 adapters are kept in main memory, by each of 4 workers"
+    )
+    copies = Sizes.of(many, BASE, Memory(ram, gpu=None), Workers(2, 2))
+    assert (copies.max_loras, copies.max_cpu_loras) == (5, 60)
+    gpus = Sizes.of(many, BASE, Memory(ram, gpu=50 * RANK_8), Workers(8, 4))
+    assert (gpus.max_loras, gpus.max_cpu_loras) == (10, 15)
+
+
+@pytest.mark.parametrize(
+    ("options", "workers"),
+    [
+        ("", Workers()),
+        ("--tensor-parallel-size 4 -pp=2", Workers(8)),
+        ("-tp 2 --data-parallel-size 3", Workers(6, 3)),
+        ("--data-parallel-size 8 --data-parallel-size-local 2", Workers(2, 2)),
+        ("--data-parallel-size 8 --data-parallel-rank 3", Workers()),
+        ("-tp 16 --nnodes 2", Workers(8)),
+        ("-tp 2 -dp 4 --nnodes 2", Workers(4, 2)),
+        ("-tp 8 -dp 2 --nnodes 4", Workers(4)),
+    ],
+)
+def test_workers_are_those_that_vllm_starts_here(options: str, workers: Workers) -> None:
+    assert launch.workers(options.split()) == workers
+
+
 def test_what_the_operator_chose_wins_if_it_can_be_had() -> None:
     sizes = Sizes.of([(8, 1000)], BASE, PLENTY, max_loras=7, max_rank=20)
     assert (sizes.max_loras, sizes.max_lora_rank) == (7, 32)
@@ -67,3 +102,15 @@ def test_without_memory_there_is_one_slot() -> None:
 
 def test_now_knows_this_machine() -> None:
     assert Memory.now("/nowhere").ram > 0
+
+
+def test_each_worker_has_a_kv_cache_and_each_replica_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    free = SimpleNamespace(available=10 << 30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: True)
+    found = Memory.now(str(tmp_path), Workers(4, 2))
+    assert found == Memory((6 << 30) - (2 << 20), None)
