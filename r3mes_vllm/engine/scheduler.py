@@ -227,7 +227,7 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
         gone = set(requests)
         self.running: list[Request] = [it for it in self.running if it not in gone]
         for request in reversed(requests):
-            if self.connector is not None:
+            if self._needs_more_than_blocks(request):
                 self._preempt_request(request, now, drop_stale_output=self.requires_kv_delivery)
                 continue
             request.status = RequestStatus.PREEMPTED
@@ -236,6 +236,22 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
                 request.record_event(EngineCoreEventType.PREEMPTED, now)
             self.kv_holding_waiting.prepend_request(request)
             self.reset_preempted_req_ids.add(request.request_id)
+
+    def _needs_more_than_blocks(self, request: Request) -> bool:
+        """It must begin anew: what else it needs a worker forgets when it leaves the batch."""
+        if self.connector is not None:
+            return True
+        if self.has_mamba_layers and self.num_spec_tokens:
+            # how many of its last drafts were right, which tells where in its blocks the state is
+            return True
+        params = request.sampling_params
+        # vLLM's second model runner drops the log-probabilities of the prompt's parts so far
+        return (
+            self.use_v2_model_runner
+            and request.is_prefill_chunk
+            and params is not None
+            and (params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None)
+        )
 
     def _release(self) -> None:
         """Take the blocks from all who wait for a turn; what they held is computed again."""

@@ -69,7 +69,10 @@ class Engine:
     def ask(self, adapter: int, prompt: int = 20, answer: int = 30, **named: Any) -> str:
         name = f"{adapter}-{len(self.asked)}"
         params = SamplingParams(
-            max_tokens=answer, ignore_eos=True, structured_outputs=named.pop("grammar", None)
+            max_tokens=answer,
+            ignore_eos=True,
+            structured_outputs=named.pop("grammar", None),
+            **named.pop("params", {}),
         )
         params.update_from_generation_config({}, 0)
         chance = random.Random(name)
@@ -134,7 +137,10 @@ class Engine:
     def _sampled(self, output: SchedulerOutput) -> ModelRunnerOutput:
         computed, known = {}, {}
         for new in output.scheduled_new_reqs:
-            computed[new.req_id], known[new.req_id] = new.num_computed_tokens, 0
+            computed[new.req_id] = new.num_computed_tokens
+            # of one that had begun, vLLM's second model runner gets all that it has
+            given = new.prefill_token_ids or new.prompt_token_ids
+            known[new.req_id] = len(given) - self._prompts[new.req_id]
         cached = output.scheduled_cached_reqs
         for index, name in enumerate(cached.req_ids):
             computed[name] = cached.num_computed_tokens[index]
@@ -395,6 +401,56 @@ def test_a_turns_end_costs_no_computation(
     engine.assert_all_tokens()
     assert any(it.scheduled_cached_reqs.resumed_req_ids for it in engine.schedules)
     assert sum(it.total_num_scheduled_tokens for it in engine.schedules) == 18 * (100 + 60 - 1)
+
+
+def test_whose_state_is_not_in_its_blocks_alone_begins_anew(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with Mamba layers that drafts: its blocks have a state after each draft."""
+    for mamba, drafts, kept in ((True, 2, False), (True, 0, True), (False, 2, True)):
+        engine = build(prefix_caching=False)
+        monkeypatch.setattr(engine.scheduler, "has_mamba_layers", mamba)
+        monkeypatch.setattr(engine.scheduler, "num_spec_tokens", drafts)
+        for adapter in (1, 2, 3) * 6:
+            engine.ask(adapter, prompt=100, answer=60)
+        resumed: list[int] = []
+        while engine.scheduler.has_unfinished_requests() and not resumed:
+            cached = engine.step().scheduled_cached_reqs
+            resumed = [
+                computed
+                for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+                if name in cached.resumed_req_ids
+            ]
+        assert resumed
+        assert all((computed > 0) is kept for computed in resumed)
+
+
+@fair
+@pytest.mark.parametrize(
+    "params", [{"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [[1]] * 699}]
+)
+def test_a_prompts_log_probabilities_are_of_all_its_parts(
+    build: Build,
+    scheduler: type[Scheduler],
+    params: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM's second model runner has those of the parts since the request came into the batch."""
+    engine = build(scheduler, budget=24)
+    monkeypatch.setattr(engine.scheduler, "use_v2_model_runner", True)
+    for _ in range(4):
+        engine.ask(1, answer=200)
+        engine.ask(2, answer=200)
+    engine.run(1)
+    asked = engine.ask(1, prompt=700, params=params)
+    came = []
+    while asked not in engine.began:
+        new = engine.step().scheduled_new_reqs
+        came += [it.num_computed_tokens for it in new if it.req_id == asked]
+    assert len(came) > 1, "its turn never ended while its prompt was read"
+    assert came[-1] == 0
+    engine.finish()
+    engine.assert_all_tokens()
 
 
 @fair
