@@ -1,4 +1,5 @@
-"""Bounds on the fields of a request that cost its node more than they cost the sender."""
+"""Bounds on the fields of a request that cost its node more than they cost the sender, and what a
+node does not do, whatever vLLM does."""
 
 import json
 from collections.abc import Iterator
@@ -40,12 +41,24 @@ _NUMBERS = {
 }
 
 
-class TooMuch(BadRequest):
-    """`field` is the one that is over its limit."""
+class BadField(BadRequest):
+    """`field` is the one to blame."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+
+
+class TooMuch(BadField):
+    """It is over its limit."""
+
+
+def refuse_background(body: dict[str, Any]) -> None:
+    """Raise BadField for what vLLM would answer after the request has ended, and with it the hold
+    on its adapter's version. Nobody could get that answer: `GET /v1/responses/ID` is no route here.
+    """
+    if body.get("background"):
+        raise BadField("background", "an answer is given to the request that asks for it")
 
 
 def refuse_excess(body: dict[str, Any], limits: RequestLimits) -> None:

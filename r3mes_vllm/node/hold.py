@@ -12,13 +12,14 @@ from r3mes_vllm.disconnect import while_connected
 from r3mes_vllm.engine.host import Host
 from r3mes_vllm.errors import AdapterRefused, R3mesError
 from r3mes_vllm.node import bodies, journal
-from r3mes_vllm.node.fields import TooMuch, refuse_excess
+from r3mes_vllm.node.fields import BadField, refuse_background, refuse_excess
 from r3mes_vllm.node.refusals import openai_refusal
 
+_RESPONSES = "/v1/responses"
 _ROUTES = (
     "/v1/chat/completions",
     "/v1/completions",
-    "/v1/responses",
+    _RESPONSES,
     "/v1/embeddings",
 )
 
@@ -43,7 +44,9 @@ class Hold:
         try:
             fields = strict_json.parse_object(body)
             refuse_excess(fields, node.settings.limits)
-        except TooMuch as error:
+            if scope["path"] == _RESPONSES:
+                refuse_background(fields)
+        except BadField as error:
             await _refusal(error, error.field)(scope, receive, send)
             return
         except ValueError as error:

@@ -1,11 +1,20 @@
 """Each field of a request that has a limit, from both sides."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from r3mes_vllm.node.fields import TooMuch, refuse_excess
+from r3mes_vllm.node.hold import Hold
 from r3mes_vllm.tables import RequestLimits
 
 LIMITS = RequestLimits(
@@ -82,3 +91,36 @@ def test_up_to_the_limit_it_passes_and_over_it_is_named(field: str, within: Any,
 def test_of_the_wrong_type_it_is_left_to_vllm(value: Any) -> None:
     for field in {name for name, _, _ in SIDES}:
         refuse_excess({field: value}, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "status"),
+    [
+        ("/v1/responses", True, 400),
+        ("/v1/responses", "true", 400),  # vLLM takes it
+        ("/v1/responses", False, 200),
+        ("/v1/responses", None, 200),
+        ("/v1/completions", True, 200),  # has no meaning there
+    ],
+)
+def test_nothing_goes_on_in_the_background(path: str, value: Any, status: int) -> None:
+    """Whatever vLLM behind it would do."""
+
+    async def vllm(request: Request) -> Response:
+        return Response()
+
+    node = SimpleNamespace(
+        host=SimpleNamespace(is_base=lambda name: True), settings=SimpleNamespace(limits=LIMITS)
+    )
+    app = Starlette(routes=[Route(path, vllm, methods=["POST"])], middleware=[Middleware(Hold)])
+    app.state.r3mes = node
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://node") as client:
+            return await client.post(path, json={"model": "base", "background": value})
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == status
+    if status == 400:
+        assert answer.json()["error"]["param"] == "background"
