@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora import lora_model
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
-from r3mes_vllm.adapters.files import read_header
+from r3mes_vllm.adapters.files import CONFIG, WEIGHTS, read_header
 from r3mes_vllm.engine import fitting
+from r3mes_vllm.errors import AdapterNotReady
 
 _CHUNK = 1 << 20
 """Bytes read at once."""
@@ -28,11 +30,21 @@ _NICE = 10
 def read(runner: Any, request: LoRARequest) -> LoRAModel:
     """The adapter as vLLM's manager keeps it, in memory of its own; pinned where there is a GPU.
 
-    Raises what vLLM raises of a bad adapter, and ValueError where it is not of this model's layers.
-    To be called in a thread that does nothing else.
+    Raises what vLLM raises of a bad adapter, ValueError where it is not of this model's layers, and
+    AdapterNotReady where its files are not: it was vetted, so they are elsewhere. To be called in a
+    thread that does nothing else.
     """
     _step_back(runner.device)
-    model: LoRAModel = runner.lora_manager._load_adapter(request)
+    folder = Path(request.lora_path)
+    try:
+        for name in (CONFIG, WEIGHTS):
+            (folder / name).stat()  # vLLM would ask the hub, or say that it has no tensors
+        model: LoRAModel = runner.lora_manager._load_adapter(request)
+    except (FileNotFoundError, LoRAAdapterNotFoundError) as error:
+        raise AdapterNotReady(
+            f"a worker finds no whole adapter in {folder}; --cache-dir must be on storage that the "
+            "machines of all workers share"
+        ) from error
     manager = runner.lora_manager._adapter_manager
     manager._create_merged_loras_inplace(model)
     fitting.check(manager, model)

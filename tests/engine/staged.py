@@ -40,7 +40,8 @@ from r3mes_vllm.errors import R3mesError
 
 GOOD = 6
 MISFITS = ("too wide", "too narrow", "of no layer")
-BROKEN = ("truncated", "no config", "missing", *MISFITS)
+LACKING = ("no config", "no weights", "missing")
+BROKEN = ("truncated", *LACKING, *MISFITS)
 SLOW_S = 3.0
 LIMIT_S = 30.0
 PROMPTS = [[40 + number] * 6 for number in range(3)]

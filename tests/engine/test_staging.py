@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests import tiny
-from tests.engine.staged import BROKEN, GOOD, MISFITS, SLOW_S
+from tests.engine.staged import BROKEN, GOOD, LACKING, MISFITS, SLOW_S
 
 
 def _spoil(folder: Path, how: str) -> None:
@@ -21,6 +21,8 @@ def _spoil(folder: Path, how: str) -> None:
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif how == "no config":
         (folder / "adapter_config.json").unlink()
+    elif how == "no weights":
+        weights.unlink()
     elif how == "missing":
         shutil.rmtree(folder)
     else:  # vLLM reads it without complaint
@@ -80,8 +82,6 @@ def test_removal_frees_it(seen: dict[str, Any]) -> None:
     ("how", "words"),
     [
         ("truncated", "the tensors end at"),
-        ("no config", "No adapter found"),
-        ("missing", "No adapter found"),
         ("too wide", "the model's maps"),
         ("too narrow", "the model's maps"),
         ("of no layer", "the model has no layer 'model.layers.99."),
@@ -102,6 +102,17 @@ def test_what_is_no_fault_of_the_adapter_is_not_held_against_it(seen: dict[str, 
     kind, text = seen["no memory"]["error"]
     assert (kind, "MemoryError" in text) == ("AdapterNotReady", True)
     before, after = seen["no memory"]["watch"]
+    assert after == before
+
+
+@pytest.mark.parametrize("how", LACKING)
+def test_nor_are_files_that_a_worker_does_not_find(seen: dict[str, Any], how: str) -> None:
+    """Another machine than the node's may not have its cache."""
+    kind, text = seen["broken"][how]["error"]
+    assert kind == "AdapterNotReady"
+    assert "--cache-dir" in text
+    assert f"/{how};" in text
+    before, after = seen["broken"][how]["watch"]
     assert after == before
 
 
