@@ -55,7 +55,9 @@ class Engine:
         self.counts_nans = True
         self.starved = 0.0
         """The share of the time in which it has no core."""
-        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(_api_process_count=1))
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(_api_process_count=1), num_speculative_tokens=0
+        )
         self.output_processor = SimpleNamespace(
             process_outputs=lambda outputs, *rest: None,
             request_states={
@@ -312,6 +314,39 @@ def test_an_adapter_that_got_poison_from_the_base_model_is_not_blamed() -> None:
             engine.give(request, nans=3)
 
     found, _, canary = watched(poison)
+    assert "not finite" in (found or "")
+    assert not canary.blamed
+
+
+def drafting(engine: Engine) -> None:
+    engine.vllm_config.num_speculative_tokens = 2
+
+
+@pytest.mark.parametrize("named", ["adapter", "base"])
+def test_with_drafts_a_nan_is_nobodys(named: str) -> None:
+    """vLLM says it of another request than it was found in."""
+    found, _, canary = watched(lambda engine: engine.give(named, nans=3), before=drafting)
+    assert found is None
+    assert not canary.blamed
+
+
+@pytest.mark.parametrize("beside", [None, queue_of_a_minute])
+def test_with_drafts_poison_is_found_in_time(
+    beside: Callable[[Engine], Awaitable[None]] | None,
+) -> None:
+    def poison(engine: Engine) -> None:
+        engine.logprob = math.nan
+        engine.give("adapter", nans=3)
+
+    found, took, canary = watched(poison, before=drafting, beside=beside)
+    assert "not finite" in (found or "")
+    assert took < (FOUND_S if beside else 1)
+    assert not canary.blamed
+
+
+def test_with_drafts_poison_is_found_that_vllm_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+    found, _, canary = watched(setting(logprob=math.nan), before=drafting, beside=traffic)
     assert "not finite" in (found or "")
     assert not canary.blamed
 
