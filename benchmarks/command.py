@@ -64,8 +64,9 @@ def bench(
             try:
                 _kept(run, folder)
             except OSError as error:
-                _say(f"not kept, but below: {error}")
-                print(run.text(), end="", flush=True)
+                _say(f"not kept but on standard output: {error}")
+                if not as_json:  # else it is there already
+                    print(run.text(), end="", flush=True)
                 status = 1
         if interrupted:
             return 130

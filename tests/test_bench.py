@@ -426,7 +426,9 @@ def test_a_folder_that_takes_no_result_is_said_before_anything_is_measured(
         command.bench(SUITE.name, out=file / "results")
 
 
+@pytest.mark.parametrize("as_json", [False, True])
 def test_a_result_that_cannot_be_kept_is_said(
+    as_json: bool,
     suite: types.ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -437,10 +439,10 @@ def test_a_result_that_cannot_be_kept_is_said(
 
     suite.run = two_figures  # type: ignore[attr-defined]
     monkeypatch.setattr(Run, "write", full)
-    assert command.bench(SUITE.name, out=tmp_path) == 1
+    assert command.bench(SUITE.name, out=tmp_path, as_json=as_json) == 1
     told = capsys.readouterr()
     assert "No space left" in told.err
-    assert '"suite": "made-up"' in told.out
+    assert told.out.count('"suite": "made-up"') == 1
 
 
 def test_a_commit_that_comes_while_a_suite_runs_is_not_what_ran(
